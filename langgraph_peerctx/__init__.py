@@ -1,0 +1,1 @@
+"""A killed LangGraph agent's workflow, recovered with what its peers remember."""

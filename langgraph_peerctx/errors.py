@@ -1,0 +1,115 @@
+"""Every error that the package raises.
+
+Each one says what was wrong and what to do about it. All of them can be pickled, so that they
+cross a process boundary whole.
+
+    PeerContextError
+    ├── ConfigurationError            a setting or an argument is wrong
+    ├── ProtocolError                 bytes or fields that are no valid message
+    ├── BrokerUnavailableError        no broker, or it did not answer in time
+    │   └── SendOutcomeUnknownError   gave up waiting: the record may still arrive
+    ├── StoreError                    a database refused, or is not there
+    │   └── StoreBusyError            it is there, and did not answer in time: try again
+    ├── TooFewResponsesError          fewer peers answered than the caller needs
+    └── RecoveryError                 a workflow cannot be recovered
+        ├── UnknownChannelError       an update names a channel that the workflow lacks
+        ├── StaleOwnerError           another owner has taken this thread over
+        └── InDoubtError              nobody can tell whether an effect happened
+"""
+
+from typing import Literal
+
+ProtocolFault = Literal[
+    "empty",
+    "too_large",
+    "not_utf8",
+    "not_json",
+    "too_deep",
+    "duplicate_key",
+    "bad_number",
+    "bad_text",
+    "not_an_object",
+    "version",
+    "message_type",
+    "field",
+    "id",
+]
+
+
+class PeerContextError(Exception):
+    """The root of the tree: catch it to catch everything that this package raises."""
+
+
+class ConfigurationError(PeerContextError):
+    """A setting or an argument is wrong; the message names it and says what is allowed."""
+
+
+class ProtocolError(PeerContextError):
+    """Bytes or fields that are no valid message.
+
+    Attributes:
+        fault: Why, as one of a closed set of words: what rejected records are counted by.
+    """
+
+    def __init__(self, fault: ProtocolFault, detail: str) -> None:
+        super().__init__(fault, detail)
+        self.fault: ProtocolFault = fault
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.detail} ({self.fault})"
+
+
+class BrokerUnavailableError(PeerContextError):
+    """There is no broker, it refused us, or it did not answer before the deadline."""
+
+
+class SendOutcomeUnknownError(BrokerUnavailableError):
+    """The broker did not confirm a record in time; it may still be delivered later."""
+
+
+class StoreError(PeerContextError):
+    """A database refused, is damaged, or is not there."""
+
+
+class StoreBusyError(StoreError):
+    """A database is there and did not answer in time; nothing was written, try again."""
+
+
+class TooFewResponsesError(PeerContextError):
+    """Fewer peers answered within the window than the caller asked for.
+
+    Attributes:
+        answered: How many answered.
+        needed: How many were needed.
+    """
+
+    def __init__(self, answered: int, needed: int) -> None:
+        super().__init__(answered, needed)
+        self.answered = answered
+        self.needed = needed
+
+    def __str__(self) -> str:
+        return (
+            f"{self.answered} of at least {self.needed} peers answered in time: "
+            "wait longer (timeout_seconds), ask for fewer (min_responses), "
+            "or see with `peerctx doctor` whether the broker is well"
+        )
+
+
+class RecoveryError(PeerContextError):
+    """A workflow cannot be recovered as asked."""
+
+
+class UnknownChannelError(RecoveryError):
+    """An update names a channel that the workflow's schema lacks: LangGraph would drop it."""
+
+
+class StaleOwnerError(RecoveryError):
+    """Another owner has taken this thread over; this one may no longer write."""
+
+    is_stale_write_owner_error = True
+
+
+class InDoubtError(RecoveryError):
+    """Nobody can tell whether an effect happened before the crash."""

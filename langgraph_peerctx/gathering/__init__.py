@@ -1,0 +1,1 @@
+"""The asking side: broadcast a question, collect and merge what peers answer."""

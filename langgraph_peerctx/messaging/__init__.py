@@ -1,0 +1,1 @@
+"""Carrying messages over Kafka, and the peer that answers."""

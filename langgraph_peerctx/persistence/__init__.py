@@ -1,0 +1,1 @@
+"""The event store and the control database, on SQLite or PostgreSQL."""

@@ -1,0 +1,1 @@
+"""What travels on a topic: messages and their bytes. Pure, no I/O."""
