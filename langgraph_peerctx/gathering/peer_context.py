@@ -1,0 +1,136 @@
+"""What a gather brings home: facts with their sources, and how much of the truth they are."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from pydantic import JsonValue
+
+from langgraph_peerctx.protocol.messages import InDoubtAnswer, Interaction, Json
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fact:
+    """One interaction, and the agents that remember it: at least one, sorted, no repetition."""
+
+    interaction: Interaction
+    told_by: tuple[str, ...]
+
+    def as_json(self) -> Json:
+        """Return the fact as plain JSON, with its source and time, fit for a state channel."""
+        body = self.interaction.model_dump(mode="json", exclude={"sequence"})
+        return {"source": "peer", "told_by": list(self.told_by), **body}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conflict:
+    """One interaction that peers remember differently; the first version told is the one kept.
+
+    `versions` maps each agent to what it says.
+    """
+
+    interaction_id: str
+    versions: Mapping[str, Interaction]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coverage:
+    """Who was asked and what became of it.
+
+    Names are the caller's where it said whom to expect (an agent or a process), else process ids.
+    Each tuple is sorted. Every name in `asked` is in exactly one of `answered`, `silent`, `left`.
+    `empty`, `declined` and `busy` are agents of those that answered; `extra` answered unasked.
+
+    Attributes:
+        roster_known: Whether `asked` is known to be everybody: the caller's list or a warm roster.
+        late: How many answers came after the end, as far as it is known.
+        duplicate: How many answers came twice.
+        truncated: Agents whose answer was cut.
+        dropped: How many answers were not taken because of a limit.
+    """
+
+    asked: tuple[str, ...] = ()
+    answered: tuple[str, ...] = ()
+    empty: tuple[str, ...] = ()
+    declined: tuple[str, ...] = ()
+    busy: tuple[str, ...] = ()
+    silent: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
+    truncated: tuple[str, ...] = ()
+    late: int = 0
+    duplicate: int = 0
+    dropped: int = 0
+    roster_known: bool = False
+    degraded: bool = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether everybody who could know has said all that it knows; never by vacuity."""
+        return (
+            self.roster_known
+            and len(self.asked) > 0
+            and not (self.silent or self.left or self.busy or self.declined or self.truncated)
+            and self.dropped == 0
+            and not self.degraded
+        )
+
+    def as_json(self) -> Json:
+        """Return the coverage as plain JSON, `complete` with it."""
+        names: dict[str, JsonValue] = {
+            name: list(getattr(self, name))
+            for name in (
+                *("asked", "answered", "empty", "declined", "busy"),
+                *("silent", "left", "extra", "truncated"),
+            )
+        }
+        counts: dict[str, JsonValue] = {
+            name: getattr(self, name) for name in ("late", "duplicate", "dropped")
+        }
+        return {**names, **counts, "roster_known": self.roster_known, "complete": self.complete}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerContext:
+    """What the peers remember of one agent in one thread.
+
+    Attributes:
+        facts: In causal order, oldest first; each interaction once.
+        memory: Agent id -> what it remembers of the failed agent, beside the interactions.
+        in_doubt: What the named peers said of each effect that was asked about.
+        conflicts: Where peers contradict each other.
+        coverage: How much of the truth this is.
+        degraded: Why this is not the whole truth; empty when nothing was missing.
+        elapsed_seconds: From the request's sending to the end, by the monotonic clock.
+    """
+
+    correlation_id: str
+    failed_agent_id: str
+    thread_id: str
+    gathered_at: datetime
+    facts: tuple[Fact, ...] = ()
+    memory: Mapping[str, Json] = field(default_factory=dict)
+    in_doubt: tuple[InDoubtAnswer, ...] = ()
+    conflicts: tuple[Conflict, ...] = ()
+    coverage: Coverage = field(default_factory=Coverage)
+    degraded: tuple[str, ...] = ()
+    elapsed_seconds: float = 0.0
+
+    def as_channel(self) -> Json:
+        """Return event id -> fact, plain JSON: what goes into a workflow's state.
+
+        An agent's memory stands under `memory:<agent id>`.
+        """
+        gathered_at = self.gathered_at.isoformat()
+        remembered: Json = {
+            f"memory:{agent_id}": {
+                "source": "peer",
+                "told_by": [agent_id],
+                "kind": "memory",
+                "occurred_at": gathered_at,
+                "payload": state,
+            }
+            for agent_id, state in self.memory.items()
+            if state
+        }
+        return {fact.interaction.interaction_id: fact.as_json() for fact in self.facts} | remembered
