@@ -1,0 +1,694 @@
+"""Kafka through aiokafka: the only file that imports it.
+
+aiokafka has sharp edges that everything here is shaped by (measured on 0.14): a send and a stop
+stay pending for ever while the broker is away, whatever `request_timeout_ms` says; a stop on a
+dead broker raises `CancelledError` into its caller and leaks tasks; a failed start leaks its
+client; a broker that accepts and never answers holds `start()` for a whole timeout per bootstrap
+entry; a deleted topic is silence. So every call has a deadline of ours, every client is ended by
+`_end`, and a subscription watches that fetches are answered and rebuilds its client if not.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
+from contextlib import asynccontextmanager
+from typing import Any, TypeAlias
+
+from langgraph_peerctx.config import KafkaConfig
+from langgraph_peerctx.errors import (
+    BrokerUnavailableError,
+    ConfigurationError,
+    PeerContextError,
+    SendOutcomeUnknownError,
+    UnknownTopicError,
+)
+from langgraph_peerctx.messaging.transport import (
+    Delivery,
+    From,
+    Headers,
+    Offsets,
+    OnRecord,
+    Record,
+    TopicSpec,
+    TopicState,
+)
+
+try:
+    import aiokafka
+    from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+    from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+    from aiokafka.conn import create_conn
+    from aiokafka.errors import (
+        AuthenticationFailedError,
+        IllegalSaslStateError,
+        KafkaError,
+        SaslAuthenticationFailed,
+        TopicAlreadyExistsError,
+        UnsupportedSaslMechanismError,
+        for_code,
+    )
+    from aiokafka.helpers import create_ssl_context
+except ImportError:  # the extra-less install of a fork, or a broken one: mock mode serves
+    aiokafka = None
+
+logger = logging.getLogger(__name__)
+
+CLOSE_TIMEOUT_SECONDS = 4.0
+POLL_SECONDS = 0.25
+STALE_AFTER_SECONDS = 3.0
+"""A fetch is answered at least every `FETCH_WAIT_SECONDS`; six missed answers are an outage."""
+FETCH_WAIT_SECONDS = 0.5
+EMBEDDED_FETCH_WAIT_SECONDS = 0.01
+"""The embedded broker never wakes a waiting fetch: each hop would cost the whole wait."""
+RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0)
+UNKNOWN_TOPIC_RECHECK_SECONDS = 1.0
+
+
+class KafkaTransport:
+    """A `Transport` on a Kafka cluster: one producer, and one consumer a subscription.
+
+    It belongs to the loop that started it.
+    """
+
+    def __init__(self, config: KafkaConfig, *, max_message_bytes: int = 262_144) -> None:
+        self._config = config
+        self._max_message_bytes = max_message_bytes
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closed = False
+        self._producer: Any = None
+        self._connecting = asyncio.Lock()
+        self._subscriptions: set[KafkaSubscription] = set()
+        self._endings: set[asyncio.Task[None]] = set()
+        self._topics: set[str] = set()
+        self._unknown_topics: dict[str, float] = {}
+        self._embedded = False
+
+    @property
+    def degraded(self) -> tuple[str, ...]:
+        """Empty: where Kafka is asked for and not there, calls fail instead."""
+        return ()
+
+    @property
+    def address(self) -> str:
+        """The bootstrap servers."""
+        return self._config.bootstrap_servers
+
+    async def start(self) -> None:
+        """Connect within the connect deadline; see `Transport.start`."""
+        if self._closed:
+            raise BrokerUnavailableError("this transport is closed: make a new one")
+        _hold_the_clients_logger()
+        self._loop = asyncio.get_running_loop()
+        await self._connected_producer()
+
+    async def close(self) -> None:
+        """End everything within the close deadline; see `Transport.close`."""
+        self._closed = True
+        subscriptions, self._subscriptions = self._subscriptions, set()
+        producer, self._producer = self._producer, None
+        if producer is not None:
+            self._end_in_background(producer.stop, _producer_remains(producer))
+        for subscription in subscriptions:
+            subscription.stop_reading()
+        endings = [*self._endings, *(s.task for s in subscriptions)]
+        if endings:
+            await asyncio.wait(endings, timeout=CLOSE_TIMEOUT_SECONDS + 1)
+
+    async def send(
+        self, topic: str, value: bytes, *, key: bytes | None = None, headers: Headers = ()
+    ) -> Delivery:
+        """Send a record to partition 0; see `Transport.send`."""
+        producer: Any = None
+        try:
+            async with asyncio.timeout(self._config.send_timeout_seconds):
+                producer = await self._connected_producer()
+                await self._check_topic(topic, producer)
+                sent = await producer.send(
+                    topic, value, key=key, partition=0, headers=list(headers)
+                )
+                await sent
+        except TimeoutError:
+            self._discard(producer)
+            raise SendOutcomeUnknownError(
+                f"{self.address} did not confirm a record on {topic} within "
+                f"{self._config.send_timeout_seconds:g} s; it may still arrive"
+            ) from None
+        except KafkaError as error:
+            self._discard(producer)
+            raise BrokerUnavailableError(f"{self.address} refused a record: {error}") from error
+        return "acknowledged"
+
+    async def subscribe(
+        self,
+        topics: Collection[str],
+        on_record: OnRecord,
+        *,
+        start: From | None = None,
+        group_id: str | None = None,
+    ) -> "KafkaSubscription":
+        """Read topics; see `Transport.subscribe`. Returns at once; the reading starts by itself."""
+        self._check_usable()
+        make = self._new_group_consumer if group_id else self._new_consumer
+        reader = _GroupReader(group_id, topics) if group_id else _Reader(topics, start or From())
+        subscription = KafkaSubscription(reader, make, on_record, self._subscriptions.discard)
+        self._subscriptions.add(subscription)
+        return subscription
+
+    async def ensure_topics(self, topics: Collection[TopicSpec]) -> None:
+        """Make what is missing; see `Transport.ensure_topics`."""
+        async with self._deadline("make topics"):
+            producer = await self._connected_producer()
+            known = await _all_topics(producer.client)
+            missing = [topic for topic in topics if topic.name not in known]
+            if missing and self._embedded:
+                await _touch(producer.client, [topic.name for topic in missing])
+            elif missing:
+                await self._create(missing, copies=min(3, len(producer.client.cluster.brokers())))
+            while not {topic.name for topic in topics} <= set(known):
+                await asyncio.sleep(0.02)
+                known = await _all_topics(producer.client)
+        self._topics.update(topic.name for topic in topics)
+
+    async def describe_topics(self, names: Collection[str]) -> dict[str, TopicState]:
+        """Return what the broker has; see `Transport.describe_topics`."""
+        async with self._deadline("describe topics"):
+            producer = await self._connected_producer()
+            known = await _all_topics(producer.client)
+            there = [name for name in names if name in known]
+            settings = {} if self._embedded or not there else await self._settings_of(there)
+        return {
+            name: TopicState(
+                name=name, partitions=known.get(name, 0), settings=settings.get(name, {})
+            )
+            for name in names
+        }
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise BrokerUnavailableError("this transport is closed: make a new one")
+        if self._loop is not asyncio.get_running_loop():
+            raise ConfigurationError(
+                "a transport belongs to the event loop that started it: start it first, "
+                "and use it there only"
+            )
+
+    @asynccontextmanager
+    async def _deadline(self, doing: str) -> AsyncIterator[None]:
+        """Bound a conversation, and translate how it may fail."""
+        seconds = self._config.connect_timeout_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                yield
+        except TimeoutError:
+            raise BrokerUnavailableError(
+                f"{self.address} did not {doing} within {seconds:g} s"
+            ) from None
+        except KafkaError as error:
+            raise BrokerUnavailableError(
+                f"{self.address} did not {doing}: {error!r:.200}"
+            ) from error
+
+    async def _connected_producer(self) -> Any:
+        self._check_usable()
+        async with self._connecting:
+            if self._producer is None:
+                producer = await self._started(
+                    lambda: aiokafka.AIOKafkaProducer(
+                        acks="all",
+                        max_request_size=self._max_message_bytes + 16_384,
+                        **self._client_options(),
+                    ),
+                    _producer_remains,
+                )
+                self._embedded = producer.client.cluster.controller is None
+                self._producer = producer
+            return self._producer
+
+    async def _new_consumer(self) -> Any:
+        return await self._started(
+            lambda: aiokafka.AIOKafkaConsumer(
+                auto_offset_reset="none", enable_auto_commit=False, **self._fetch_options()
+            ),
+            _consumer_remains,
+        )
+
+    async def _new_group_consumer(self) -> Any:
+        # A request timeout at or below the group's rebalance delay re-joins for ever.
+        options = self._fetch_options() | {"request_timeout_ms": 40_000}
+        return await self._started(
+            lambda: aiokafka.AIOKafkaConsumer(enable_auto_commit=False, **options),
+            _consumer_remains,
+        )
+
+    def _fetch_options(self) -> dict[str, Any]:
+        wait = EMBEDDED_FETCH_WAIT_SECONDS if self._embedded else FETCH_WAIT_SECONDS
+        return self._client_options() | {
+            "fetch_max_wait_ms": int(wait * 1_000),
+            "max_partition_fetch_bytes": 4 * self._max_message_bytes,
+        }
+
+    def _client_options(self) -> dict[str, Any]:
+        config = self._config
+        options: dict[str, Any] = {
+            "bootstrap_servers": config.bootstrap_servers,
+            "client_id": "langgraph-peerctx",
+            "request_timeout_ms": int(config.connect_timeout_seconds * 1_000),
+            "security_protocol": config.security_protocol,
+        }
+        if config.security_protocol.endswith("SSL"):
+            options["ssl_context"] = _ssl_context(config)
+        if config.security_protocol.startswith("SASL"):
+            password = config.sasl_password
+            options |= {
+                "sasl_mechanism": config.sasl_mechanism,
+                "sasl_plain_username": config.sasl_username,
+                "sasl_plain_password": password.get_secret_value() if password else None,
+            }
+        return options
+
+    async def _started(self, make: Callable[[], Any], remains: Callable[[Any], "_Remains"]) -> Any:
+        """Start a client within the connect deadline; a failed one is ended, or it would leak."""
+        if aiokafka is None:
+            raise BrokerUnavailableError("aiokafka is not installed: pip install aiokafka")
+        client = make()
+        try:
+            async with asyncio.timeout(self._config.connect_timeout_seconds):
+                await self._check_reachable()
+                await client.start()
+        except TimeoutError:
+            raise BrokerUnavailableError(
+                f"{self.address} accepts and does not answer "
+                f"(waited {self._config.connect_timeout_seconds:g} s)"
+            ) from None
+        except KafkaError as error:
+            raise await self._reason() from error
+        else:
+            started, client = client, None
+            return started
+        finally:
+            if client is not None:
+                self._end_in_background(client.stop, remains(client))
+
+    async def _check_reachable(self) -> None:
+        """Fail at once, and once, where nobody listens: aiokafka logs an ERROR at each attempt."""
+        faults = []
+        for server in self.address.split(","):
+            host, _, port = server.rpartition(":")
+            try:
+                _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+            except OSError as error:
+                faults.append(f"{server}: {error.strerror or error}")
+            else:
+                writer.close()
+                return
+        raise BrokerUnavailableError(f"no Kafka broker at {'; '.join(faults)}")
+
+    async def _reason(self) -> PeerContextError:
+        """Say why nobody could be reached: aiokafka only logs it."""
+        options = self._client_options()
+        faults = []
+        for server in options.pop("bootstrap_servers").split(","):
+            host, _, port = server.rpartition(":")
+            try:
+                async with asyncio.timeout(self._config.connect_timeout_seconds / 2):
+                    connection = await create_conn(host.strip("[]"), int(port), **options)
+                connection.close()
+            except (
+                AuthenticationFailedError,
+                SaslAuthenticationFailed,
+                UnsupportedSaslMechanismError,
+                IllegalSaslStateError,
+            ) as error:
+                return ConfigurationError(
+                    f"{server} refused the credentials ({type(error).__name__}): see "
+                    "KAFKA_SASL_MECHANISM, KAFKA_SASL_USERNAME and KAFKA_SASL_PASSWORD"
+                )
+            except (KafkaError, OSError, TimeoutError) as error:
+                if "CERTIFICATE" in repr(error).upper() or "SSL" in repr(error).upper():
+                    return ConfigurationError(
+                        f"{server} failed the TLS handshake: {error}: see KAFKA_SSL_CA_FILE, "
+                        "KAFKA_SSL_CERT_FILE and KAFKA_SECURITY_PROTOCOL"
+                    )
+                faults.append(f"{server}: {error or type(error).__name__}")
+        return BrokerUnavailableError(f"no Kafka broker at {'; '.join(faults) or self.address}")
+
+    async def _check_topic(self, topic: str, producer: Any) -> None:
+        """A send must never create a topic, so it must be known before aiokafka asks for it."""
+        if topic in self._topics:
+            return
+        asked_at = self._unknown_topics.get(topic, float("-inf"))
+        if time.monotonic() - asked_at >= UNKNOWN_TOPIC_RECHECK_SECONDS:
+            known = await _all_topics(producer.client)
+            self._topics = set(known)
+        if topic not in self._topics:
+            self._unknown_topics = {topic: time.monotonic()} | dict(
+                list(self._unknown_topics.items())[:255]
+            )
+            raise UnknownTopicError(
+                f"there is no topic {topic}: make it with `peerctx topics --create`"
+            )
+
+    async def _create(self, topics: list[TopicSpec], *, copies: int) -> None:
+        async with self._admin() as admin:
+            answer = await admin.create_topics(
+                [
+                    NewTopic(t.name, t.partitions, copies, topic_configs=dict(t.settings))
+                    for t in topics
+                ]
+            )
+        for name, code, *message in answer.topic_errors:
+            if code and for_code(code) is not TopicAlreadyExistsError:
+                reason = message[0] if message and message[0] else for_code(code).__name__
+                raise BrokerUnavailableError(
+                    f"{self.address} does not let us make the topic {name}: {reason}; "
+                    "have it made with what `peerctx topics` prints"
+                )
+
+    async def _settings_of(self, names: list[str]) -> dict[str, dict[str, str]]:
+        async with self._admin() as admin:
+            answers = await admin.describe_configs(
+                [ConfigResource(ConfigResourceType.TOPIC, name) for name in names]
+            )
+        return {
+            resource[3]: {entry[0]: entry[1] for entry in resource[4]}
+            for answer in answers
+            for resource in answer.resources
+        }
+
+    @asynccontextmanager
+    async def _admin(self) -> AsyncIterator[Any]:
+        admin = AIOKafkaAdminClient(**self._client_options())
+        try:
+            await admin.start()
+            yield admin
+        finally:
+            self._end_in_background(admin.close, _client_remains(admin._client))  # noqa: SLF001 - see _end
+
+    def _discard(self, producer: Any) -> None:
+        """Give a producer up: what it still holds may be delivered, or not."""
+        if producer is not None and producer is self._producer:
+            self._producer = None
+            self._end_in_background(producer.stop, _producer_remains(producer))
+
+    def _end_in_background(self, stop: Callable[[], Awaitable[None]], remains: "_Remains") -> None:
+        task = asyncio.create_task(_end(stop, remains), name="peerctx-end-client")
+        self._endings.add(task)
+        task.add_done_callback(self._endings.discard)
+
+
+class KafkaSubscription:
+    """A reading that heals itself: when fetches are no longer answered, its client is rebuilt.
+
+    The age of the last answered fetch is the health signal: aiokafka says nothing of a broker
+    that went away, came back, or deleted the topic, but each answer moves
+    `last_poll_timestamp`.
+    """
+
+    def __init__(
+        self,
+        reader: "_Reader | _GroupReader",
+        make_consumer: Callable[[], Awaitable[Any]],
+        on_record: OnRecord,
+        forget: Callable[["KafkaSubscription"], None],
+    ) -> None:
+        self._reader = reader
+        self._make_consumer = make_consumer
+        self._on_record = on_record
+        self._forget = forget
+        self._stopping = asyncio.Event()
+        self._positioned = asyncio.Event()
+        self._lost: str | None = "not connected yet"
+        self.task = asyncio.create_task(self._read(), name="peerctx-subscription")
+
+    @property
+    def offsets(self) -> Offsets:
+        """See `Subscription.offsets`."""
+        return dict(self._reader.offsets)
+
+    @property
+    def lost(self) -> str | None:
+        """See `Subscription.lost`."""
+        return self._lost
+
+    async def positioned(self) -> None:
+        """See `Subscription.positioned`."""
+        await self._positioned.wait()
+
+    def stop_reading(self) -> None:
+        """Ask the reading to end; `close` waits for it."""
+        self._stopping.set()
+
+    async def close(self) -> None:
+        """See `Subscription.close`."""
+        self.stop_reading()
+        self._forget(self)
+        await asyncio.wait({self.task}, timeout=CLOSE_TIMEOUT_SECONDS + 1)
+
+    async def _read(self) -> None:
+        failures = 0
+        while not self._stopping.is_set():
+            try:
+                await self._read_until_it_fails()
+                failures = 0
+            except (PeerContextError, KafkaError, OSError, TimeoutError) as error:
+                if self._lost is None:
+                    failures = 0
+                self._lost = str(error) or type(error).__name__
+                logger.info("reading was interrupted, trying again: %.200s", self._lost)
+                pause = RETRY_SECONDS[min(failures, len(RETRY_SECONDS) - 1)]
+                failures += 1
+                await _wait_for(self._stopping, pause)
+
+    async def _read_until_it_fails(self) -> None:
+        consumer = await self._make_consumer()
+        try:
+            async with asyncio.timeout(5):
+                await self._reader.position(consumer)
+            self._lost = None
+            self._positioned.set()
+            await self._pump(consumer)
+        finally:
+            await _shielded(_end(consumer.stop, _consumer_remains(consumer)))
+
+    async def _pump(self, consumer: Any) -> None:
+        answered_at, last = time.monotonic(), None
+        while not self._stopping.is_set():
+            # Never cancelled from outside: that would leak a waiter each time.
+            batches = await consumer.getmany(timeout_ms=int(POLL_SECONDS * 1_000))
+            for partition, records in batches.items():
+                for record in records:
+                    self._hand_over(partition, record)
+            if batches:
+                await self._reader.handed_over(consumer)
+                await asyncio.sleep(0)  # a flood must not keep the loop to itself
+            now, answers = time.monotonic(), self._reader.answers(consumer)
+            if batches or answers != last:
+                answered_at, last = now, answers
+            elif now - answered_at > STALE_AFTER_SECONDS:
+                raise BrokerUnavailableError(
+                    f"no fetch was answered for {STALE_AFTER_SECONDS:g} s: "
+                    "the broker or the topic is gone"
+                )
+
+    def _hand_over(self, partition: Any, record: Any) -> None:
+        self._reader.offsets[partition.topic, partition.partition] = record.offset + 1
+        try:
+            self._on_record(
+                Record(
+                    topic=record.topic,
+                    value=record.value,
+                    headers=tuple(record.headers),
+                    key=record.key,
+                    partition=record.partition,
+                    offset=record.offset,
+                    timestamp_ms=record.timestamp,
+                )
+            )
+        except Exception:  # a service loop logs and goes on to the next record
+            logger.exception("a record on %s could not be taken", record.topic)
+
+
+class _Reader:
+    """Partitions assigned by hand: no group, no three seconds of joining."""
+
+    def __init__(self, topics: Collection[str], start: From) -> None:
+        self._topics = list(topics)
+        self._start = start
+        self.offsets: dict[tuple[str, int], int] = dict(start.offsets)
+
+    async def position(self, consumer: Any) -> None:
+        """Assign every partition and seek, with nothing awaited in between: no fetch goes first."""
+        known = await _all_topics(consumer._client)  # noqa: SLF001 - the public call creates topics
+        missing = [topic for topic in self._topics if topic not in known]
+        if missing:
+            raise UnknownTopicError(
+                f"there is no topic {', '.join(missing)}: make it with `peerctx topics --create`"
+            )
+        partitions = [
+            aiokafka.TopicPartition(topic, number)
+            for topic in self._topics
+            for number in range(known[topic])
+        ]
+        ends = await consumer.end_offsets(partitions)
+        beginnings = await consumer.beginning_offsets(partitions)
+        consumer.assign(partitions)
+        for partition in partitions:
+            wanted = self.offsets.get(
+                (partition.topic, partition.partition), ends[partition] - self._start.back
+            )
+            offset = min(max(wanted, beginnings[partition]), ends[partition])
+            consumer.seek(partition, offset)
+            self.offsets[partition.topic, partition.partition] = offset
+
+    async def handed_over(self, consumer: Any) -> None:
+        """Nothing to commit."""
+
+    def answers(self, consumer: Any) -> object:
+        """Return something that changes with each answered fetch of each partition."""
+        return tuple(consumer.last_poll_timestamp(p) for p in consumer.assignment())
+
+
+class _GroupReader:
+    """A consumer group, for users who want one: at least once, committed after handing over."""
+
+    def __init__(self, group_id: str | None, topics: Collection[str]) -> None:
+        self._group_id = group_id
+        self._topics = list(topics)
+        self.offsets: dict[tuple[str, int], int] = {}
+
+    async def position(self, consumer: Any) -> None:
+        """Join; the first poll brings the assignment."""
+        known = await _all_topics(consumer._client)  # noqa: SLF001 - the public call creates topics
+        missing = [topic for topic in self._topics if topic not in known]
+        if missing:
+            raise UnknownTopicError(
+                f"there is no topic {', '.join(missing)}: make it with `peerctx topics --create`"
+            )
+        consumer.subscribe(self._topics)
+        while not consumer.assignment():
+            await consumer.getmany(timeout_ms=100)
+        for partition in consumer.assignment():
+            await consumer.position(partition)
+
+    async def handed_over(self, consumer: Any) -> None:
+        """Commit what the user's code has been given."""
+        async with asyncio.timeout(CLOSE_TIMEOUT_SECONDS):
+            await consumer.commit()
+
+    def answers(self, consumer: Any) -> object:
+        """Return something that changes while the group goes on: a member may own nothing."""
+        return (
+            tuple(consumer.last_poll_timestamp(p) for p in consumer.assignment())
+            or time.monotonic()
+        )
+
+
+_Remains: TypeAlias = Callable[[], tuple[list[Any], Any]]
+"""What a client leaves when its own stop fails: its tasks, and the connections' owner."""
+
+
+async def _end(stop: Callable[[], Awaitable[None]], remains: _Remains) -> None:
+    """Stop a client of aiokafka for good: within the deadline, whatever its own stop does."""
+    stopping = asyncio.ensure_future(stop())
+    await asyncio.wait({stopping}, timeout=CLOSE_TIMEOUT_SECONDS / 2)
+    tasks, client = remains()
+    leftovers = {t for t in (stopping, *tasks) if t is not None and not t.done()}
+    for task in leftovers:
+        task.cancel()
+    if leftovers:
+        await asyncio.wait(leftovers, timeout=CLOSE_TIMEOUT_SECONDS / 4)
+    if stopping.done() and not stopping.cancelled() and stopping.exception():
+        logger.debug("a client's own stop failed: %r", stopping.exception())
+    if client is not None:
+        closing = asyncio.ensure_future(client.close())
+        await asyncio.wait({closing}, timeout=CLOSE_TIMEOUT_SECONDS / 4)
+        if not closing.done():
+            closing.cancel()
+            await asyncio.wait({closing}, timeout=CLOSE_TIMEOUT_SECONDS / 4)
+        elif not closing.cancelled():
+            closing.exception()
+
+
+def _consumer_remains(consumer: Any) -> _Remains:
+    def remains() -> tuple[list[Any], Any]:
+        fetcher, coordinator = consumer._fetcher, consumer._coordinator
+        tasks = [*fetcher._pending_tasks, fetcher._fetch_task] if fetcher else []
+        names = (
+            "_reset_committed_task",
+            "_coordination_task",
+            "_heartbeat_task",
+            "_commit_refresh_task",
+        )
+        tasks += [getattr(coordinator, name, None) for name in names] if coordinator else []
+        return tasks, consumer._client
+
+    return remains
+
+
+def _producer_remains(producer: Any) -> _Remains:
+    def remains() -> tuple[list[Any], Any]:
+        sender = producer._sender
+        return [sender.sender_task] if sender is not None else [], producer.client
+
+    return remains
+
+
+def _client_remains(client: Any) -> _Remains:
+    return lambda: ([], client)
+
+
+async def _shielded(ending: Awaitable[None]) -> None:
+    """Await to the end even if the waiter is cancelled meanwhile; then it is cancelled."""
+    task = asyncio.ensure_future(ending)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task}, timeout=2 * CLOSE_TIMEOUT_SECONDS)
+        raise
+
+
+async def _wait_for(event: asyncio.Event, seconds: float) -> None:
+    waiting = asyncio.ensure_future(event.wait())
+    try:
+        await asyncio.wait({waiting}, timeout=seconds)
+    finally:
+        waiting.cancel()
+
+
+async def _all_topics(client: Any) -> dict[str, int]:
+    """Return topic -> number of partitions, of all topics: asking for one could create it."""
+    cluster = await client.fetch_all_metadata()
+    return {
+        topic: len(cluster.partitions_for_topic(topic) or ())
+        for topic in cluster.topics(exclude_internal_topics=False)
+    }
+
+
+async def _touch(client: Any, names: Iterable[str]) -> None:
+    """Make topics on the embedded broker: it creates what is asked for, and has no controller."""
+    for name in names:
+        await client.add_topic(name)
+
+
+def _ssl_context(config: KafkaConfig) -> Any:
+    password = config.ssl_key_password
+    try:
+        return create_ssl_context(
+            cafile=config.ssl_ca_file,
+            certfile=config.ssl_cert_file,
+            keyfile=config.ssl_key_file,
+            password=password.get_secret_value() if password else None,
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"the TLS files cannot be used: {error}: see KAFKA_SSL_CA_FILE, KAFKA_SSL_CERT_FILE, "
+            "KAFKA_SSL_KEY_FILE and KAFKA_SSL_KEY_PASSWORD"
+        ) from error
+
+
+def _hold_the_clients_logger() -> None:
+    """At DEBUG aiokafka logs the values of messages."""
+    client_logger = logging.getLogger("aiokafka")
+    if client_logger.getEffectiveLevel() < logging.INFO:
+        client_logger.setLevel(logging.INFO)
