@@ -1,7 +1,7 @@
 """How what peers know is put into one channel of a workflow, and never twice."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import UnionType
 from typing import Annotated, Any, Literal, NotRequired, Required, Union, get_args, get_origin
 
@@ -43,6 +43,10 @@ class PeerChannel:
         if not news:
             return None
         return merged if self.replaces else news
+
+    def replaced(self, existing: object, facts: Mapping[str, Any]) -> Json | list[Json] | None:
+        """Return the whole content that a fresh channel is to have; None if facts add nothing."""
+        return replace(self, replaces=True).update(existing, facts)
 
     def _list_update(self, existing: object, facts: Mapping[str, Any]) -> list[Json] | None:
         known = list(existing) if isinstance(existing, Sequence) else []

@@ -133,14 +133,15 @@ def of_run(config: RunnableConfig, run_id: str | None) -> RunnableConfig:
     return {**config, "metadata": {**metadata, "run_id": run_id}}
 
 
-def safest_durability(workflow: Workflow) -> Durability:
-    """Return `sync` wherever LangGraph can run the workflow so.
+def safest_durability(workflow: Workflow) -> Durability | None:
+    """Return `sync` wherever LangGraph can run the workflow so; None without a checkpointer.
 
-    Under `sync` it fails in any graph without a checkpointer, also in a subgraph compiled with
-    `checkpointer=False` (AttributeError: `_put_checkpoint_fut`, langgraph 1.2.22).
+    Under `sync` it fails in a subgraph that was compiled with `checkpointer=False`
+    (AttributeError: `_put_checkpoint_fut`, langgraph 1.2.22).
     """
-    has_checkpointer = checkpointer_of(workflow) is not None
-    return "sync" if has_checkpointer and not any(_unsaved_subgraphs(workflow)) else "async"
+    if checkpointer_of(workflow) is None:
+        return None
+    return "async" if any(_unsaved_subgraphs(workflow)) else "sync"
 
 
 def _unsaved_subgraphs(workflow: Workflow) -> Iterator[Workflow]:

@@ -1,0 +1,117 @@
+"""Reconstruct a failed agent's thread; `recover_and_resume_workflow_async` resumes it as well."""
+
+from collections.abc import Sequence
+
+from langchain_core.runnables import RunnableConfig
+
+from langgraph_peerctx.config import PeerContextSettings
+from langgraph_peerctx.identifiers import check_id
+from langgraph_peerctx.protocol.messages import InDoubtKey
+from langgraph_peerctx.reconstruction.checkpoint import CheckpointView, load_checkpoint
+from langgraph_peerctx.reconstruction.evidence import Reconstruction, reconstruct
+from langgraph_peerctx.reconstruction.recovery import (
+    RecoveryResult,
+    recover_and_resume_workflow_async,
+)
+from langgraph_peerctx.reconstruction.sources import (
+    ContextRuntime,
+    EvidenceQuery,
+    OnAnswer,
+    collect_context,
+    collect_own_events,
+    open_sources,
+)
+from langgraph_peerctx.reconstruction.workflow import Workflow, compiled, thread_config
+
+
+class AgentReconstructor:
+    """Puts together what is known of a failed agent's thread; it runs and writes nothing.
+
+    Args:
+        enable_peer_context: Whether to ask the peers.
+        peer_context_timeout: The longest wait for their answers, in seconds.
+        workflow: The agent's compiled workflow, to read the checkpoint through; without one the
+            agent's own events and its peers are all there is, and the result says so.
+        runtime: A running runtime to use; by default each reconstruction opens and closes one.
+        settings: For the runtime that is opened; by default from the environment.
+    """
+
+    def __init__(
+        self,
+        enable_peer_context: bool = True,  # noqa: FBT001, FBT002 - published so
+        peer_context_timeout: float = 5.0,
+        *,
+        workflow: Workflow | None = None,
+        runtime: ContextRuntime | None = None,
+        settings: PeerContextSettings | None = None,
+    ) -> None:
+        self.enable_peer_context = enable_peer_context
+        self.peer_context_timeout = peer_context_timeout
+        self._workflow = None if workflow is None else compiled(workflow)
+        self._runtime = runtime
+        self._settings = settings or (runtime.settings if runtime else PeerContextSettings())
+
+    async def reconstruct_async(
+        self,
+        agent_id: str,
+        thread_id: str,
+        *,
+        config: RunnableConfig | None = None,
+        time_window_seconds: float | None = None,
+        expect: Sequence[str] = (),
+        min_responses: int | None = None,
+        in_doubt: Sequence[InDoubtKey] = (),
+        on_answer: OnAnswer | None = None,
+    ) -> Reconstruction:
+        """Read the checkpoint, ask the peers, and put the evidence together.
+
+        Args:
+            agent_id: The failed agent.
+            thread_id: The thread it worked on.
+            config: What the workflow's checkpointer needs to find the thread, beside its id.
+            time_window_seconds: How far back to look; by default the settings'.
+            expect: Agents or processes that should answer; once they have, the wait ends.
+            min_responses: Fewer answers than this is an error.
+            in_doubt: Effects of which nobody here knows whether they happened.
+            on_answer: Is told of each peer's answer when it arrives.
+
+        Raises:
+            ConfigurationError: If an argument cannot be right.
+            TooFewResponsesError: If fewer than `min_responses` answered in time.
+            StoreError: If the checkpointer could not be read.
+        """
+        place = thread_config(config, thread_id)
+        query = EvidenceQuery(
+            agent_id=check_id(agent_id, "agent_id"),
+            thread_id=thread_id,
+            use_peer_context=self.enable_peer_context,
+            peer_timeout_seconds=self.peer_context_timeout,
+            time_window_seconds=time_window_seconds,
+            expect=tuple(expect),
+            min_responses=min_responses,
+            in_doubt=tuple(in_doubt),
+        )
+        checkpoint = await self._load(place)
+        async with open_sources(
+            use_peer_context=self.enable_peer_context,
+            runtime=self._runtime,
+            settings=self._settings,
+        ) as sources:
+            peers = await collect_context(sources, query, on_answer=on_answer)
+            own = await collect_own_events(sources, query)
+        return reconstruct(query, checkpoint, own, peers)
+
+    async def _load(self, config: RunnableConfig) -> CheckpointView | None:
+        if self._workflow is None:
+            return None
+        return await load_checkpoint(
+            self._workflow, config, timeout_seconds=self._settings.database_timeout_seconds
+        )
+
+
+__all__ = [
+    "AgentReconstructor",
+    "Reconstruction",
+    "RecoveryResult",
+    "recover_and_resume_workflow_async",
+]

@@ -1,0 +1,295 @@
+"""Decide what a thread needs, bring the peers' facts into its state once, and let it go on."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from langchain_core.runnables import RunnableConfig
+from langgraph.checkpoint.serde.types import ERROR, INTERRUPT
+from langgraph.types import Command, Durability
+
+from langgraph_peerctx.reconstruction.channel import PeerChannel, peer_channel
+from langgraph_peerctx.reconstruction.checkpoint import CheckpointView
+from langgraph_peerctx.reconstruction.isolation import in_empty_context
+from langgraph_peerctx.reconstruction.workflow import Workflow, input_keys
+
+logger = logging.getLogger(__name__)
+
+Action = Literal["resume", "restart", "stop"]
+RecoveryStatus = Literal[
+    "resumed",
+    "restarted",
+    "already_finished",
+    "waiting_for_human",
+    "needs_context",
+    "nothing_to_recover",
+    "failed",
+]
+
+_DISCARD_ANSWER: Final = {ERROR: "the answer stored here was used"}
+"""An update that changes no channel, and makes LangGraph forget an answer that was used already.
+
+Resumed with `None`, it would give that answer to the thread's next question (langgraph 1.2.22).
+"""
+
+_NEEDS_CONTEXT: Final = (
+    "needs_context: the workflow has a context_schema, and contexts are not kept in checkpoints: "
+    "pass context=, equal to the one of the process that died"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What to do with a thread.
+
+    Attributes:
+        status: How the recovery ends, if `action` is `stop`.
+        reasons: Why it stops.
+    """
+
+    action: Action
+    status: RecoveryStatus | None = None
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivery:
+    """What the workflow is run with.
+
+    Attributes:
+        input: What goes to `ainvoke`: None, a `Command`, or the initial state with the facts in it.
+        channel: The channel that has the facts, or will have them; None if they do not get there.
+        is_new: Whether this input carries them: then they must be found at the head afterwards.
+        shortfalls: Why the facts do not reach the workflow.
+    """
+
+    input: Any
+    channel: str | None = None
+    is_new: bool = False
+    shortfalls: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How the workflow ended: with an output, or with what it raised."""
+
+    output: Any = None
+    error: Exception | None = None
+    asked: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    """How a recovery ended that ran its workflow."""
+
+    status: RecoveryStatus
+    final_state: Any
+    reasons: tuple[str, ...] = ()
+    shortfalls: tuple[str, ...] = ()
+
+
+def decide(
+    workflow: Workflow, view: CheckpointView, *, has_initial_state: bool, has_context: bool
+) -> Decision:
+    """Decide by a thread's checkpoint whether it is resumed, restarted or left alone; pure."""
+    decision = _by_status(view, has_initial_state=has_initial_state)
+    if decision.action != "stop" and workflow.context_schema is not None and not has_context:
+        return Decision(
+            action="stop",
+            status="needs_context",
+            reasons=(_NEEDS_CONTEXT,),
+        )
+    return decision
+
+
+def _by_status(view: CheckpointView, *, has_initial_state: bool) -> Decision:
+    if view.status == "interrupted_work":
+        return Decision(action="resume")
+    if view.status == "finished":
+        return Decision(action="stop", status="already_finished")
+    if view.status == "waiting_for_human":
+        return Decision(action="stop", status="waiting_for_human", reasons=(_waits_for(view),))
+    if has_initial_state:
+        return Decision(action="restart")
+    return Decision(
+        action="stop",
+        status="nothing_to_recover",
+        reasons=(f"{view.status}: nothing to go on from, and no initial_state to begin with",),
+    )
+
+
+def _waits_for(view: CheckpointView) -> str:
+    asking = [task.name for task in view.tasks if task.state == "asking"]
+    paused = [*view.breakpoints, *(task.name for task in view.tasks if task.state == "paused")]
+    parts = []
+    if asking:
+        parts.append(f"{', '.join(asking)} asked a question: answer with Command(resume=...)")
+    if paused:
+        parts.append(f"a static breakpoint holds {', '.join(paused)}: go on with ainvoke(None)")
+    return f"waiting_for_human: {'; '.join(parts)}"
+
+
+def deliver_at_head(
+    workflow: Workflow, view: CheckpointView, channel_name: str, facts: Mapping[str, Any]
+) -> Delivery:
+    """Choose the input that resumes a broken superstep and brings the facts along, once; pure.
+
+    An update stays with the head until the superstep commits. Sent a second time it would double a
+    reducer channel, and make the thread unreadable for any other. So a channel that is pending is
+    left alone, and so is a fact that the state has already.
+    """
+    channel = peer_channel(workflow, channel_name)
+    if view.answer == "unread":
+        # Any update would make LangGraph forget the answer, and the human would be asked again.
+        return Delivery(input=None, shortfalls=_undelivered(facts, "an answer is to be read first"))
+    discard = _DISCARD_ANSWER if view.answer == "used" else {}
+    if channel is None:
+        return Delivery(
+            input=Command(update=discard) if discard else None,
+            shortfalls=(_no_channel(workflow, channel_name),),
+        )
+    update = _news(view, channel, facts)
+    if update is None:
+        held = channel.name in view.pending_channels or bool(view.values.get(channel.name))
+        return Delivery(
+            input=Command(update=discard) if discard else None,
+            channel=channel.name if facts and held else None,
+        )
+    return Delivery(input=Command(update={channel.name: update}), channel=channel.name, is_new=True)
+
+
+def deliver_at_start(
+    workflow: Workflow, initial_state: object, channel_name: str, facts: Mapping[str, Any]
+) -> Delivery:
+    """Put the facts into the initial state of a workflow that begins anew; pure."""
+    channel = peer_channel(workflow, channel_name)
+    if channel is None:
+        return Delivery(input=initial_state, shortfalls=(_no_channel(workflow, channel_name),))
+    if channel.name not in input_keys(workflow) or not isinstance(initial_state, Mapping):
+        return Delivery(
+            input=initial_state, shortfalls=_undelivered(facts, "the input cannot carry them")
+        )
+    given = initial_state.get(channel.name)
+    update = channel.replaced(given, facts)
+    if update is None:
+        return Delivery(input=initial_state)
+    return Delivery(input={**initial_state, channel.name: update}, channel=channel.name)
+
+
+def _news(view: CheckpointView, channel: PeerChannel, facts: Mapping[str, Any]) -> Any:
+    if channel.name in view.pending_channels:
+        return None
+    return channel.update(view.values.get(channel.name), facts)
+
+
+def _no_channel(workflow: Workflow, name: str) -> str:
+    if workflow.channels.get(name) is not None:
+        return f"no_channel: the channel {name!r} is declared as neither a mapping nor a list"
+    return (
+        f"no_channel: the workflow's state has no channel {name!r}, so what the peers know stays "
+        "in this result; declare it (see PeerContextState) or name another"
+    )
+
+
+def _undelivered(facts: Mapping[str, Any], why: str) -> tuple[str, ...]:
+    return (f"not_delivered: the peers' facts stay in this result, {why}",) if facts else ()
+
+
+async def resume_workflow(
+    workflow: Workflow,
+    config: RunnableConfig,
+    delivery: Delivery,
+    *,
+    context: object,
+    durability: Durability | None,
+) -> Outcome:
+    """Run the workflow to its end, to its next question, or to its next failure.
+
+    It runs in an empty `contextvars.Context`. What it raises is part of the outcome; a cancellation
+    goes through it and on.
+    """
+    try:
+        output = await in_empty_context(
+            workflow.ainvoke(delivery.input, config, context=context, durability=durability),
+            name=f"resume {config['configurable']['thread_id']}",
+        )
+    except Exception as error:  # the recovery decides: a workflow may raise anything
+        logger.exception(
+            "the workflow raised while it was recovered",
+            extra={"thread_id": config["configurable"]["thread_id"]},
+        )
+        return Outcome(error=error)
+    if isinstance(output, dict) and INTERRUPT in output:
+        return Outcome(output=_without_questions(output), asked=True)
+    return Outcome(output=output)
+
+
+def _without_questions(output: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in output.items() if key != INTERRUPT}
+
+
+def conclude(
+    workflow: Workflow,
+    decision: Decision,
+    delivery: Delivery,
+    outcome: Outcome,
+    *,
+    before: CheckpointView,
+    after: CheckpointView | None,
+) -> Ending:
+    """Say how it ended by looking at the thread again; pure.
+
+    Args:
+        workflow: The workflow that was run.
+        decision: What was decided.
+        delivery: What it was run with.
+        outcome: How the run ended.
+        before: The thread as it was.
+        after: The thread as it is now; None if the checkpointer did not say.
+    """
+    unread = () if after else ("unverified: the checkpointer could not be read after the run",)
+    shortfalls = (*unread, *_lost_update(before, delivery, after))
+    if outcome.error is not None:
+        return Ending(
+            status="failed",
+            final_state=project(workflow, after or before),
+            reasons=(f"failed: {type(outcome.error).__name__}: {str(outcome.error)[:200]!r}",),
+            shortfalls=shortfalls,
+        )
+    open_view = after if after and after.tasks else None
+    if outcome.asked or open_view:
+        return Ending(
+            status="waiting_for_human",
+            final_state=outcome.output,
+            reasons=(_waits_for(open_view),) if open_view else (),
+            shortfalls=shortfalls,
+        )
+    return Ending(
+        status="restarted" if decision.action == "restart" else "resumed",
+        final_state=outcome.output,
+        shortfalls=shortfalls,
+    )
+
+
+def _lost_update(
+    before: CheckpointView, delivery: Delivery, after: CheckpointView | None
+) -> tuple[str, ...]:
+    """See that the facts are stored with a superstep that is still open.
+
+    A checkpointer may drop pending writes (langchain-ai/langgraph#8115); the next recovery would
+    then go on without the facts and nobody would know.
+    """
+    if not delivery.is_new or after is None or after.checkpoint_id != before.checkpoint_id:
+        return ()
+    if delivery.channel in after.pending_channels:
+        return ()
+    return (f"update_lost: the checkpointer did not keep what was sent to {delivery.channel!r}",)
+
+
+def project(workflow: Workflow, view: CheckpointView) -> Any:
+    """Return of a thread's state what the workflow would return: its output channels."""
+    names = workflow.output_channels
+    if isinstance(names, str):
+        return view.values.get(names)
+    return {name: view.values[name] for name in names if name in view.values}

@@ -1,0 +1,186 @@
+"""Where evidence comes from beside the checkpoint: the agent's own store, and its peers."""
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Protocol
+
+from langgraph_peerctx.config import PeerContextSettings
+from langgraph_peerctx.errors import BrokerUnavailableError, StoreError
+from langgraph_peerctx.gathering.peer_context import PeerContext
+from langgraph_peerctx.identifiers import new_id
+from langgraph_peerctx.persistence.event_store import get_event_store
+from langgraph_peerctx.protocol.messages import ContextResponse, InDoubtKey, Interaction
+from langgraph_peerctx.runtime import PeerContextRuntime
+
+OnAnswer = Callable[[ContextResponse], None]
+"""Is told of each peer's answer when it arrives."""
+
+
+class OwnEvents(Protocol):
+    """What we need of an event store."""
+
+    async def ainteractions_of(
+        self,
+        agent_id: str,
+        *,
+        thread_id: str,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        limit: int = 200,
+    ) -> list[Interaction]:
+        """Return an agent's own events of a thread, newest first."""
+
+
+class ContextRuntime(Protocol):
+    """What we need of a runtime; `PeerContextRuntime` is the one for production."""
+
+    @property
+    def settings(self) -> PeerContextSettings:
+        """The settings it was built with."""
+
+    @property
+    def store(self) -> OwnEvents:
+        """The agent's own event store."""
+
+    async def gather(
+        self,
+        *,
+        failed_agent_id: str,
+        thread_id: str,
+        timeout_seconds: float | None = None,
+        expect: Sequence[str] = (),
+        min_responses: int | None = None,
+        time_window_seconds: float | None = None,
+        in_doubt: Sequence[InDoubtKey] = (),
+        run_id: str | None = None,
+        on_answer: OnAnswer | None = None,
+    ) -> PeerContext:
+        """Ask the peers what they remember; ends with the window at the latest."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvidenceQuery:
+    """What is asked of own store and peers.
+
+    Attributes:
+        use_peer_context: Whether peers are asked at all.
+        peer_timeout_seconds: The longest wait for the peers' answers.
+        time_window_seconds: How far back to look; None is the settings' window.
+        expect: Agents or processes that should answer; once they have, the wait ends.
+        min_responses: Fewer answers than this is an error.
+        in_doubt: Effects of which nobody here knows whether they happened.
+    """
+
+    agent_id: str
+    thread_id: str
+    use_peer_context: bool = True
+    peer_timeout_seconds: float = 5.0
+    time_window_seconds: float | None = None
+    expect: tuple[str, ...] = ()
+    min_responses: int | None = None
+    in_doubt: tuple[InDoubtKey, ...] = ()
+    run_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sources:
+    """What a recovery may ask.
+
+    Attributes:
+        runtime: None where peers are not asked, or there is no broker.
+        shortfalls: What should be here and is not.
+    """
+
+    store: OwnEvents
+    settings: PeerContextSettings
+    runtime: ContextRuntime | None = None
+    shortfalls: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnHistory:
+    """The failed agent's own events of the thread, newest first."""
+
+    events: tuple[Interaction, ...] = ()
+    shortfalls: tuple[str, ...] = ()
+
+
+@asynccontextmanager
+async def open_sources(
+    *,
+    use_peer_context: bool,
+    runtime: ContextRuntime | None = None,
+    settings: PeerContextSettings | None = None,
+) -> AsyncIterator[Sources]:
+    """Open what is needed and close it again; a runtime that is given is borrowed.
+
+    A broker that is not there costs the peers' part, not the recovery.
+    """
+    if runtime is not None:
+        yield Sources(store=runtime.store, settings=runtime.settings, runtime=runtime)
+        return
+    settings = settings or PeerContextSettings()
+    async with AsyncExitStack() as stack:
+        shortfalls: tuple[str, ...] = ()
+        if use_peer_context:
+            try:
+                runtime = await stack.enter_async_context(PeerContextRuntime(settings))
+            except BrokerUnavailableError as error:
+                shortfalls = (f"no_broker: {error}",)
+        store = runtime.store if runtime else get_event_store(settings.database_url)
+        yield Sources(store=store, settings=settings, runtime=runtime, shortfalls=shortfalls)
+
+
+async def collect_context(
+    sources: Sources, query: EvidenceQuery, *, on_answer: OnAnswer | None = None
+) -> PeerContext | None:
+    """Ask the peers; None if they are not to be asked.
+
+    Raises:
+        TooFewResponsesError: If fewer than the query's `min_responses` answered.
+    """
+    if not query.use_peer_context:
+        return None
+    if sources.runtime is None:
+        return _nobody_asked(query, sources.shortfalls)
+    try:
+        return await sources.runtime.gather(
+            failed_agent_id=query.agent_id,
+            thread_id=query.thread_id,
+            timeout_seconds=query.peer_timeout_seconds,
+            expect=query.expect,
+            min_responses=query.min_responses,
+            time_window_seconds=query.time_window_seconds,
+            in_doubt=query.in_doubt,
+            run_id=query.run_id,
+            on_answer=on_answer,
+        )
+    except BrokerUnavailableError as error:
+        return _nobody_asked(query, (f"no_broker: {error}",))
+
+
+async def collect_own_events(sources: Sources, query: EvidenceQuery) -> OwnHistory:
+    """Read what the failed agent itself recorded of this thread; a broken store costs only that."""
+    window = query.time_window_seconds or sources.settings.time_window_seconds
+    try:
+        events = await sources.store.ainteractions_of(
+            query.agent_id,
+            thread_id=query.thread_id,
+            since=datetime.now(UTC) - timedelta(seconds=window),
+            limit=sources.settings.max_interactions,
+        )
+    except StoreError as error:
+        return OwnHistory(shortfalls=(f"no_own_events: {error}",))
+    return OwnHistory(events=tuple(events))
+
+
+def _nobody_asked(query: EvidenceQuery, degraded: tuple[str, ...]) -> PeerContext:
+    return PeerContext(
+        correlation_id=new_id(),
+        failed_agent_id=query.agent_id,
+        thread_id=query.thread_id,
+        gathered_at=datetime.now(UTC),
+        degraded=degraded,
+    )

@@ -1,0 +1,73 @@
+"""A runtime whose peers are a list."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from langgraph_peerctx.config import PeerContextSettings
+from langgraph_peerctx.gathering.peer_context import Coverage, Fact, PeerContext
+from langgraph_peerctx.protocol.messages import Interaction
+from langgraph_peerctx.reconstruction.sources import OnAnswer
+
+NOW = datetime(2030, 1, 1, 12, tzinfo=UTC)
+
+
+def interaction(
+    interaction_id: str = "order-1", *, payload: dict[str, Any] | None = None
+) -> Interaction:
+    return Interaction(
+        interaction_id=interaction_id,
+        thread_id="thread-1",
+        from_agent="product-agent",
+        to_agent="inventory-agent",
+        kind="order",
+        payload={"sku": "A1"} if payload is None else payload,
+        occurred_at=NOW,
+    )
+
+
+def context(*interactions: Interaction, **values: Any) -> PeerContext:
+    """Return what the inventory agent would have told."""
+    facts = tuple(Fact(interaction=item, told_by=("inventory-agent",)) for item in interactions)
+    return PeerContext(
+        **{
+            "correlation_id": "c1",
+            "failed_agent_id": "product-agent",
+            "thread_id": "thread-1",
+            "gathered_at": NOW + timedelta(seconds=1),
+            "facts": facts,
+            "coverage": Coverage(asked=("host-1",), answered=("host-1",)),
+            **values,
+        }
+    )
+
+
+@dataclass
+class FakeStore:
+    events: list[Interaction] = field(default_factory=list)
+    error: Exception | None = None
+
+    async def ainteractions_of(self, agent_id: str, **_: Any) -> list[Interaction]:
+        if self.error:
+            raise self.error
+        return [event for event in self.events if event.from_agent == agent_id]
+
+
+@dataclass
+class FakeRuntime:
+    """Answers every gather with `answer`, or raises `error`; remembers what it was asked."""
+
+    answer: PeerContext = field(default_factory=lambda: context(interaction()))
+    error: Exception | None = None
+    store: FakeStore = field(default_factory=FakeStore)
+    settings: PeerContextSettings = field(default_factory=PeerContextSettings)
+    questions: list[dict[str, Any]] = field(default_factory=list)
+
+    async def gather(
+        self, *, expect: Sequence[str] = (), on_answer: OnAnswer | None = None, **question: Any
+    ) -> PeerContext:
+        self.questions.append({"expect": tuple(expect), "on_answer": on_answer, **question})
+        if self.error:
+            raise self.error
+        return self.answer
