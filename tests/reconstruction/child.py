@@ -1,0 +1,54 @@
+"""A process of its own that runs one of the workflows, perhaps to its death."""
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
+from langgraph.types import Command
+from reconstruction.fake_runtime import FakeRuntime
+from reconstruction.workflows import WORKFLOWS, Script
+
+from langgraph_peerctx.reconstruction.reconstructor import recover_and_resume_workflow_async
+
+
+class WitnessSaver(AsyncSqliteSaver):
+    """Says when a write is in the database."""
+
+    script: Script
+
+    async def aput_writes(self, *arguments: Any) -> None:
+        await super().aput_writes(*arguments)
+        self.script.written.release()
+
+
+async def main(order: dict[str, Any]) -> None:
+    script = Script(
+        ledger=Path(order["ledger"]),
+        kill_in=order["kill_in"],
+        kill_on_visit=order["kill_on_visit"],
+        after_writes=order["after_writes"],
+    )
+    async with WitnessSaver.from_conn_string(order["database"]) as saver:
+        saver.script = script
+        workflow = WORKFLOWS[order["workflow"]](script, saver)
+        if order["recover"]:
+            await recover_and_resume_workflow_async(
+                workflow=workflow,
+                agent_id="product-agent",
+                thread_id="thread-1",
+                runtime=FakeRuntime(),
+            )
+            return
+        value = order["input"] if order["resume"] is None else Command(resume=order["resume"])
+        await workflow.ainvoke(
+            value,
+            {"configurable": {"thread_id": "thread-1"}},
+            durability=order["durability"],
+        )
+
+
+if __name__ == "__main__":
+    asyncio.run(main(json.loads(sys.argv[1])))
