@@ -43,7 +43,7 @@ CheckpointStatus = Literal[
     "no_checkpointer", "no_checkpoint", "finished", "interrupted_work", "waiting_for_human"
 ]
 TaskState = Literal["finished", "asking", "paused", "unfinished"]
-Answer = Literal["none", "unread", "used"]
+AnswerState = Literal["none", "unread", "used"]
 
 # The two values below are stored in every checkpointer's rows and have no public name.
 _NO_TASK: Final = "00000000-0000-0000-0000-000000000000"
@@ -54,6 +54,20 @@ _CONTROL: Final = frozenset({ERROR, INTERRUPT, RESUME, _ERROR_SOURCE})
 """Writes that say what happened to a task; any other write means that it finished."""
 
 _READ_ATTEMPTS: Final = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """An answer to an `interrupt()` that is stored at the head.
+
+    Attributes:
+        state: `unread` by the node that asked, or `used`; a used one stays where it is, and
+            LangGraph would give it to the next question too.
+        value: The answer, if it is unread.
+    """
+
+    state: AnswerState = "none"
+    value: Any = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +101,7 @@ class CheckpointView:
         tasks: Every task of the open superstep; empty if and only if the thread is finished.
         pending_channels: Channels that a `Command(update=...)` wrote on this head and that wait for
             the superstep to commit; sent again, they make the thread unreadable.
-        answer: An answer to an `interrupt()` that is stored at the head: `unread` by the node that
-            asked, or `used`, and then LangGraph would give it to the next question too.
+        answer: What a human has said to this superstep, if anything.
         breakpoints: Nodes whose static breakpoint the thread stands at.
     """
 
@@ -102,7 +115,7 @@ class CheckpointView:
     values: Mapping[str, Any] = field(default_factory=dict)
     tasks: tuple[TaskView, ...] = ()
     pending_channels: frozenset[str] = frozenset()
-    answer: Answer = "none"
+    answer: Answer = field(default_factory=Answer)
     breakpoints: tuple[str, ...] = ()
 
     @property
@@ -189,7 +202,7 @@ class _Reader:
         state: TaskState = "unfinished"
         if task.id in _finished(head.writes):
             state = "finished"
-        elif question_ids and answer != "unread":
+        elif question_ids and answer.state != "unread":
             state = "asking"
         elif await self.pauses_inside(head, task):
             state = "paused"
@@ -197,7 +210,8 @@ class _Reader:
             task_id=task.id,
             name=task.name,
             state=state,
-            error=None if task.error is None else _short(task.error),
+            # LangGraph reads an error back as the text that it stored.
+            error=None if task.error is None else str(task.error)[:200],
             question_ids=question_ids if state == "asking" else (),
         )
 
@@ -210,13 +224,15 @@ class _Reader:
         """
         given = [value for task, name, value in head.writes if (task, name) == (_NO_TASK, RESUME)]
         if not given:
-            return "none"
+            return Answer()
         finished = _finished(head.writes)
         asking = [t for t in head.snapshot.tasks if t.interrupts and t.id not in finished]
         if len(asking) != 1 or given[0] in _received(head.writes):
-            return "used"
+            return Answer(state="used")
         inner = [write async for write in self._writes_inside(asking[0])]
-        return "used" if given[0] in _received(inner) else "unread"
+        if given[0] in _received(inner):
+            return Answer(state="used")
+        return Answer(state="unread", value=given[0])
 
     async def _writes_inside(self, task: PregelTask) -> AsyncIterator[PendingWrite]:
         """Yield what was written in the subgraphs that a task ran."""
@@ -344,7 +360,7 @@ def _view(
         is_functional=is_functional(head.graph),
         channels=state_keys(head.graph),
         checkpoint_id=head.saved.checkpoint["id"],
-        run_id=None if run_id is None else str(run_id),
+        run_id=run_id if isinstance(run_id, str) else None,
         created_at=datetime.fromisoformat(head.saved.checkpoint["ts"]),
         values=dict(values) if isinstance(values, Mapping) else _single(head.graph, values),
         tasks=tuple(tasks),
@@ -411,5 +427,5 @@ def _checkpoint_id(snapshot: StateSnapshot) -> str | None:
     return None if value is None else str(value)
 
 
-def _short(error: BaseException | str) -> str:
+def _short(error: BaseException) -> str:
     return repr(error)[:200]

@@ -9,7 +9,7 @@ from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.serde.types import ERROR, INTERRUPT
 from langgraph.types import Command, Durability
 
-from langgraph_peerctx.reconstruction.channel import PeerChannel, peer_channel
+from langgraph_peerctx.reconstruction.channel import peer_channel
 from langgraph_peerctx.reconstruction.checkpoint import CheckpointView
 from langgraph_peerctx.reconstruction.isolation import in_empty_context
 from langgraph_peerctx.reconstruction.workflow import Workflow, input_keys
@@ -140,23 +140,30 @@ def deliver_at_head(
     left alone, and so is a fact that the state has already.
     """
     channel = peer_channel(workflow, channel_name)
-    if view.answer == "unread":
-        # Any update would make LangGraph forget the answer, and the human would be asked again.
-        return Delivery(input=None, shortfalls=_undelivered(facts, "an answer is to be read first"))
-    discard = _DISCARD_ANSWER if view.answer == "used" else {}
     if channel is None:
-        return Delivery(
-            input=Command(update=discard) if discard else None,
-            shortfalls=(_no_channel(workflow, channel_name),),
-        )
-    update = _news(view, channel, facts)
+        return Delivery(input=_command(view), shortfalls=(_no_channel(workflow, channel_name),))
+    update = None
+    if channel.name not in view.pending_channels:
+        update = channel.update(view.values.get(channel.name), facts)
+    if update is not None:
+        command = _command(view, {channel.name: update})
+        return Delivery(input=command, channel=channel.name, is_new=True)
+    return Delivery(input=_command(view), channel=channel.name if facts else None)
+
+
+def _command(view: CheckpointView, update: Mapping[str, Any] | None = None) -> Command[Any] | None:
+    """Return what resumes a superstep: None if nothing is to be said to it.
+
+    With any update LangGraph forgets the answer that is stored at the head. So an unread one is
+    given again, and a used one is got rid of.
+    """
+    if view.answer.state == "used":
+        return Command(update=update or _DISCARD_ANSWER)
     if update is None:
-        held = channel.name in view.pending_channels or bool(view.values.get(channel.name))
-        return Delivery(
-            input=Command(update=discard) if discard else None,
-            channel=channel.name if facts and held else None,
-        )
-    return Delivery(input=Command(update={channel.name: update}), channel=channel.name, is_new=True)
+        return None
+    if view.answer.state == "unread":
+        return Command(update=update, resume=view.answer.value)
+    return Command(update=update)
 
 
 def deliver_at_start(
@@ -167,20 +174,12 @@ def deliver_at_start(
     if channel is None:
         return Delivery(input=initial_state, shortfalls=(_no_channel(workflow, channel_name),))
     if channel.name not in input_keys(workflow) or not isinstance(initial_state, Mapping):
-        return Delivery(
-            input=initial_state, shortfalls=_undelivered(facts, "the input cannot carry them")
-        )
+        return Delivery(input=initial_state, shortfalls=_undeliverable(facts))
     given = initial_state.get(channel.name)
     update = channel.replaced(given, facts)
     if update is None:
         return Delivery(input=initial_state)
     return Delivery(input={**initial_state, channel.name: update}, channel=channel.name)
-
-
-def _news(view: CheckpointView, channel: PeerChannel, facts: Mapping[str, Any]) -> Any:
-    if channel.name in view.pending_channels:
-        return None
-    return channel.update(view.values.get(channel.name), facts)
 
 
 def _no_channel(workflow: Workflow, name: str) -> str:
@@ -192,8 +191,9 @@ def _no_channel(workflow: Workflow, name: str) -> str:
     )
 
 
-def _undelivered(facts: Mapping[str, Any], why: str) -> tuple[str, ...]:
-    return (f"not_delivered: the peers' facts stay in this result, {why}",) if facts else ()
+def _undeliverable(facts: Mapping[str, Any]) -> tuple[str, ...]:
+    why = "not_delivered: the workflow's input cannot carry the peers' facts: they stay here"
+    return (why,) if facts else ()
 
 
 async def resume_workflow(
