@@ -1,0 +1,321 @@
+"""Ask every peer what it remembers, and wait no longer than it is worth."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection, Iterable, Sequence
+from datetime import UTC, datetime
+from typing import TypeGuard
+
+from pydantic import ValidationError
+
+from langgraph_peerctx.config import PeerContextSettings
+from langgraph_peerctx.errors import (
+    BrokerUnavailableError,
+    PeerContextError,
+    SendOutcomeUnknownError,
+    TooFewResponsesError,
+)
+from langgraph_peerctx.gathering.merge import Merged, merge
+from langgraph_peerctx.gathering.peer_context import Coverage, PeerContext
+from langgraph_peerctx.identifiers import new_id
+from langgraph_peerctx.messaging.producer import as_protocol_error, publish
+from langgraph_peerctx.messaging.reply_inbox import ReplyInbox, Slot
+from langgraph_peerctx.messaging.transport import Transport
+from langgraph_peerctx.protocol.messages import ContextRequest, ContextResponse, InDoubtKey
+
+logger = logging.getLogger(__name__)
+
+OnAnswer = Callable[[ContextResponse], None]
+Enough = Callable[[Sequence[ContextResponse]], bool]
+
+
+class Gatherer:
+    """Asks on the request topic, collects from the inbox.
+
+    Args:
+        transport: Borrowed, started.
+        inbox: Borrowed, started; of the requester id in the settings.
+        settings: Topics, limits, defaults.
+    """
+
+    def __init__(
+        self, transport: Transport, inbox: ReplyInbox, settings: PeerContextSettings
+    ) -> None:
+        self._transport = transport
+        self._inbox = inbox
+        self._settings = settings
+
+    def request(
+        self,
+        *,
+        failed_agent_id: str,
+        thread_id: str,
+        time_window_seconds: float | None = None,
+        run_id: str | None = None,
+        epoch: int = 0,
+        attempt: int = 1,
+        in_doubt: Iterable[InDoubtKey] = (),
+        correlation_id: str | None = None,
+    ) -> ContextRequest:
+        """Return the question, with the settings' defaults; nothing is sent.
+
+        Raises:
+            ProtocolError: If an id is illegal or a value out of its range.
+        """
+        try:
+            return ContextRequest(
+                sent_at=datetime.now(UTC),
+                correlation_id=correlation_id or new_id(),
+                requester_id=self._settings.requester_id,
+                failed_agent_id=failed_agent_id,
+                thread_id=thread_id,
+                run_id=run_id,
+                epoch=epoch,
+                attempt=attempt,
+                time_window_seconds=(
+                    self._settings.time_window_seconds
+                    if time_window_seconds is None
+                    else time_window_seconds
+                ),
+                max_interactions=self._settings.max_interactions,
+                in_doubt=tuple(in_doubt),
+            )
+        except ValidationError as error:
+            raise as_protocol_error(error) from None
+
+    async def send(self, request: ContextRequest) -> None:
+        """Broadcast the question; each sending has a message id of its own.
+
+        Raises:
+            BrokerUnavailableError: If it could not be sent; in mock mode too.
+        """
+        sending = request.model_copy(update={"message_id": new_id(), "sent_at": datetime.now(UTC)})
+        receipt = await publish(
+            self._transport,
+            self._settings.kafka.context_request_topic,
+            sending,
+            max_bytes=self._settings.max_message_bytes,
+        )
+        if receipt.delivery == "mock":
+            raise _NothingSentError("; ".join(self._transport.degraded))
+
+    async def gather(
+        self,
+        request: ContextRequest,
+        *,
+        timeout_seconds: float | None = None,
+        expect: Collection[str] = (),
+        min_responses: int | None = None,
+        enough: Enough | None = None,
+        on_answer: OnAnswer | None = None,
+    ) -> PeerContext:
+        """Broadcast a question and collect the peers' answers.
+
+        It ends at the first of: everybody expected has answered; `min_responses` have; `enough`
+        says so; the window is over; nothing can come (mock mode, no broker).
+
+        Args:
+            request: The question.
+            timeout_seconds: The window, in seconds; by default the settings'.
+            expect: Who should answer, as agent ids or process ids. An agent has answered when its
+                process has.
+            min_responses: Stop at so many answers; fewer are an error.
+            enough: Stop when this is true of the answers so far.
+            on_answer: Called with each answer as it comes, on the loop.
+
+        Returns:
+            The merged answers, at most one per process, with a coverage report. What was missing
+            stands in `degraded`.
+
+        Raises:
+            TooFewResponsesError: If fewer than `min_responses` answered in time.
+            BrokerUnavailableError: If there is no broker and mock mode is `never`.
+        """
+        if not self._settings.enabled:
+            return _nobody_asked(request)
+        window = self._settings.timeout_seconds if timeout_seconds is None else timeout_seconds
+        waiting = _Waiting(expect, min_responses, enough, on_answer)
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        with self._inbox.expect(
+            request.correlation_id,
+            waiting.take,
+            max_responders=self._settings.max_responders,
+            max_total_bytes=self._settings.max_total_bytes,
+        ) as slot:
+            trouble = await self._collect(request, waiting, window)
+        if self._settings.mock_mode == "never" and _certain(trouble):
+            raise trouble
+        if min_responses is not None and len(slot.responses) < min_responses:
+            raise TooFewResponsesError(len(slot.responses), min_responses)
+        return self._report(request, waiting, slot, trouble, loop.time() - started)
+
+    async def _collect(
+        self, request: ContextRequest, waiting: "_Waiting", window: float
+    ) -> PeerContextError | None:
+        """Send, and wait until it is enough, hopeless or over; return what was wrong, if it was.
+
+        Collecting does not wait for the broker's word: a fast peer's answer may be there first.
+        """
+        sending = asyncio.create_task(self.send(request), name="peerctx-send-request")
+        satisfied = asyncio.create_task(waiting.satisfied.wait(), name="peerctx-collect")
+        both = {sending, satisfied}
+        try:
+            async with asyncio.timeout(window):
+                await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+                if not satisfied.done() and not _hopeless(sending):
+                    await satisfied
+        except TimeoutError:
+            pass
+        finally:
+            unconfirmed = not sending.done()
+            for task in both:
+                task.cancel()
+            await asyncio.wait(both)
+        if unconfirmed and not waiting.responses:
+            return SendOutcomeUnknownError("the broker did not confirm the request in time")
+        if sending.cancelled():
+            return None
+        return _trouble(sending)
+
+    def _report(
+        self,
+        request: ContextRequest,
+        waiting: "_Waiting",
+        slot: Slot,
+        trouble: PeerContextError | None,
+        elapsed_seconds: float,
+    ) -> PeerContext:
+        merged = merge(
+            waiting.responses, failed_agent_id=request.failed_agent_id, thread_id=request.thread_id
+        )
+        silenced = [*self._transport.degraded]
+        if trouble is not None and str(trouble) not in silenced:
+            silenced.append(str(trouble))
+        if (lost := self._inbox.lost) is not None and lost not in silenced:
+            silenced.append(f"answers could not arrive: {lost}")
+        coverage = waiting.coverage(merged, slot, degraded=bool(silenced))
+        return PeerContext(
+            correlation_id=request.correlation_id,
+            failed_agent_id=request.failed_agent_id,
+            thread_id=request.thread_id,
+            gathered_at=datetime.now(UTC),
+            facts=merged.facts,
+            memory=merged.memory,
+            in_doubt=merged.in_doubt,
+            conflicts=merged.conflicts,
+            coverage=coverage,
+            degraded=(*silenced, *_shortcomings(coverage, slot, merged)),
+            elapsed_seconds=elapsed_seconds,
+        )
+
+
+class _NothingSentError(BrokerUnavailableError):
+    """Mock mode only logged the request."""
+
+
+class _Waiting:
+    """Who is still to answer, and whether it is enough."""
+
+    def __init__(
+        self,
+        expect: Collection[str],
+        min_responses: int | None,
+        enough: Enough | None,
+        on_answer: OnAnswer | None,
+    ) -> None:
+        self.expected = frozenset(expect)
+        self.missing = set(expect)
+        self.responses: list[ContextResponse] = []
+        self.satisfied = asyncio.Event()
+        self._min_responses = min_responses
+        self._enough = enough
+        self._on_answer = on_answer
+
+    def take(self, response: ContextResponse) -> None:
+        self.responses.append(response)
+        self.missing -= _names(response)
+        everybody = bool(self.expected) and not self.missing
+        some = self._min_responses is not None and len(self.responses) >= self._min_responses
+        if everybody or some or (self._enough is not None and self._enough(self.responses)):
+            self.satisfied.set()
+        if self._on_answer is not None:
+            self._on_answer(response)
+
+    def coverage(self, merged: Merged, slot: Slot, *, degraded: bool) -> Coverage:
+        statuses: dict[str, set[str]] = {}
+        for response in self.responses:
+            for answer in response.agents:
+                statuses.setdefault(answer.status, set()).add(answer.agent_id)
+        responders = {response.responder_id for response in self.responses}
+        unasked = {r.responder_id for r in self.responses if not _names(r) & self.expected}
+        return Coverage(
+            asked=tuple(sorted(self.expected)),
+            answered=tuple(sorted(self.expected - self.missing if self.expected else responders)),
+            empty=tuple(sorted(statuses.get("nothing", ()))),
+            declined=tuple(sorted(statuses.get("declined", ()))),
+            busy=tuple(sorted(statuses.get("busy", ()))),
+            silent=tuple(sorted(self.missing)),
+            extra=tuple(sorted(unasked)) if self.expected else (),
+            truncated=merged.truncated,
+            duplicate=slot.duplicate,
+            dropped=slot.dropped,
+            roster_known=bool(self.expected),
+            degraded=degraded,
+        )
+
+
+def _names(response: ContextResponse) -> set[str]:
+    return {response.responder_id, *(answer.agent_id for answer in response.agents)}
+
+
+def _hopeless(sending: "asyncio.Task[None]") -> bool:
+    """Tell whether the request certainly did not leave: nothing can come."""
+    return sending.done() and not sending.cancelled() and _certain(_trouble(sending))
+
+
+def _certain(trouble: PeerContextError | None) -> TypeGuard[PeerContextError]:
+    return trouble is not None and not isinstance(trouble, SendOutcomeUnknownError)
+
+
+def _trouble(sending: "asyncio.Task[None]") -> PeerContextError | None:
+    error = sending.exception()
+    if error is None or isinstance(error, PeerContextError):
+        return error
+    raise error
+
+
+def _shortcomings(coverage: Coverage, slot: Slot, merged: Merged) -> list[str]:
+    """Say what else is missing, in the reader's words."""
+    said = []
+    if not slot.responses:
+        said.append("no peer answered")
+    elif coverage.silent:
+        said.append(f"silent: {', '.join(coverage.silent)}")
+    for what, names in (
+        ("busy", coverage.busy),
+        ("declined", coverage.declined),
+        ("cut to fit", coverage.truncated),
+        ("contradicted themselves", tuple(sorted(slot.contradicted))),
+    ):
+        if names:
+            said.append(f"{what}: {', '.join(names)}")
+    if slot.dropped:
+        said.append(f"{slot.dropped} answers were over the limits")
+    if slot.rejected:
+        faults = ", ".join(sorted(slot.rejected))
+        said.append(f"{slot.rejected.total()} answers could not be read ({faults})")
+    if merged.misfits:
+        said.append(f"{merged.misfits} interactions did not concern the question")
+    return said
+
+
+def _nobody_asked(request: ContextRequest) -> PeerContext:
+    return PeerContext(
+        correlation_id=request.correlation_id,
+        failed_agent_id=request.failed_agent_id,
+        thread_id=request.thread_id,
+        gathered_at=datetime.now(UTC),
+        degraded=("peer context is switched off (PEER_CONTEXT_ENABLED=false)",),
+        coverage=Coverage(degraded=True),
+    )

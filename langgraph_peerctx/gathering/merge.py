@@ -1,0 +1,179 @@
+"""Many peers' answers to one context: a pure function, the same whatever order they came in."""
+
+import heapq
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from langgraph_peerctx.gathering.peer_context import Conflict, Fact
+from langgraph_peerctx.protocol.messages import (
+    ContextResponse,
+    InDoubtAnswer,
+    Interaction,
+    Json,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Merged:
+    """What answers amount to together.
+
+    Attributes:
+        facts: In causal order, oldest first; each interaction once.
+        memory: Agent id -> what it remembers.
+        conflicts: By interaction id; the version of the agent that sorts first is the one kept.
+        truncated: Agents whose answer was cut, here or at the peer.
+        misfits: How many interactions were not the answering agent's own with the failed agent, in
+            the thread that was asked about, and were left out.
+    """
+
+    facts: tuple[Fact, ...] = ()
+    memory: Mapping[str, Json] = field(default_factory=dict)
+    in_doubt: tuple[InDoubtAnswer, ...] = ()
+    conflicts: tuple[Conflict, ...] = ()
+    truncated: tuple[str, ...] = ()
+    misfits: int = 0
+
+
+def merge(
+    responses: Sequence[ContextResponse],
+    *,
+    failed_agent_id: str,
+    thread_id: str,
+    max_bytes: int | None = None,
+) -> Merged:
+    """Merge answers; the result does not depend on their order.
+
+    Interactions are known by their id and told by every agent that has them. What one agent
+    recorded stays in the order of its own sequence; between agents the time of occurrence decides.
+    Where clocks and sequences contradict each other, the earliest goes first.
+
+    Args:
+        responses: At most one per responder.
+        failed_agent_id: Whom the question was about.
+        thread_id: The thread that the question was about.
+        max_bytes: The newest interactions that fit into so many bytes of JSON are kept; by default
+            all are.
+    """
+    told: dict[str, dict[str, Interaction]] = {}
+    memory: dict[str, Json] = {}
+    truncated: set[str] = set()
+    misfits = 0
+    for agent_id, answer in sorted(
+        ((a.agent_id, a) for response in responses for a in response.agents), key=lambda a: a[0]
+    ):
+        if answer.truncated:
+            truncated.add(agent_id)
+        if answer.memory_state:
+            memory.setdefault(agent_id, answer.memory_state)
+        for interaction in answer.interactions:
+            if _fits(interaction, agent_id, failed_agent_id, thread_id):
+                told.setdefault(interaction.interaction_id, {}).setdefault(agent_id, interaction)
+            else:
+                misfits += 1
+    kept = _newest_within(told, max_bytes)
+    truncated.update(agent for key in told.keys() - kept for agent in told[key])
+    return Merged(
+        facts=tuple(
+            Fact(interaction=_first(told[key]), told_by=tuple(sorted(told[key])))
+            for key in _causal_order({key: told[key] for key in kept})
+        ),
+        memory=memory,
+        in_doubt=_settled(answer for response in responses for answer in response.in_doubt),
+        conflicts=tuple(
+            Conflict(interaction_id=key, versions=dict(told[key]))
+            for key in sorted(kept)
+            if _contradict(told[key].values())
+        ),
+        truncated=tuple(sorted(truncated)),
+        misfits=misfits,
+    )
+
+
+def _fits(interaction: Interaction, agent_id: str, failed_agent_id: str, thread_id: str) -> bool:
+    parties = {interaction.from_agent, interaction.to_agent}
+    return interaction.thread_id == thread_id and parties == {agent_id, failed_agent_id}
+
+
+def _first(versions: Mapping[str, Interaction]) -> Interaction:
+    return versions[min(versions)]
+
+
+def _contradict(versions: Iterable[Interaction]) -> bool:
+    """Tell whether versions differ in more than when and where each agent recorded them."""
+    versions = list(versions)
+    if len(versions) == 1:
+        return False
+    bodies = [v.model_copy(update={"sequence": None, "occurred_at": None}) for v in versions]
+    return any(body != bodies[0] for body in bodies)
+
+
+def _newest_within(
+    told: Mapping[str, Mapping[str, Interaction]], max_bytes: int | None
+) -> set[str]:
+    if max_bytes is None:
+        return set(told)
+    kept: set[str] = set()
+    room = max_bytes
+    newest_first = sorted(
+        ((_first(versions).occurred_at, key) for key, versions in told.items()), reverse=True
+    )
+    for _, key in newest_first:
+        room -= len(_first(told[key]).model_dump_json())
+        if room < 0:
+            break
+        kept.add(key)
+    return kept
+
+
+def _causal_order(told: Mapping[str, Mapping[str, Interaction]]) -> list[str]:
+    """Sort topologically: each agent's sequence is an edge, the time of occurrence breaks ties."""
+    after, waits = _edges(told)
+    when = {key: (_first(versions).occurred_at, key) for key, versions in told.items()}
+    ready = [when[key] for key in told if waits[key] == 0]
+    heapq.heapify(ready)
+    earliest_first = iter(sorted(when.values()))
+    left = set(told)
+    order: list[str] = []
+    while left:
+        # Nothing ready while something is left: sequences contradict each other.
+        _, key = heapq.heappop(ready) if ready else next(earliest_first)
+        if key not in left:
+            continue
+        left.remove(key)
+        order.append(key)
+        for later in after[key]:
+            waits[later] -= 1
+            if waits[later] == 0:
+                heapq.heappush(ready, when[later])
+    return order
+
+
+def _edges(
+    told: Mapping[str, Mapping[str, Interaction]],
+) -> tuple[dict[str, list[str]], dict[str, int]]:
+    recorded: dict[str, list[tuple[int, str]]] = {}
+    for key, versions in told.items():
+        for agent_id, interaction in versions.items():
+            if interaction.sequence is not None:
+                recorded.setdefault(agent_id, []).append((interaction.sequence, key))
+    after: dict[str, list[str]] = {key: [] for key in told}
+    waits = dict.fromkeys(told, 0)
+    for entries in recorded.values():
+        entries.sort()
+        for (_, earlier), (_, later) in pairwise(entries):
+            after[earlier].append(later)
+            waits[later] += 1
+    return after, waits
+
+
+def _settled(answers: Iterable[InDoubtAnswer]) -> tuple[InDoubtAnswer, ...]:
+    """Return each agent's word on each key once; a contradiction is no word."""
+    words: dict[tuple[str, str], InDoubtAnswer] = {}
+    for answer in answers:
+        known = words.setdefault((answer.effect_key, answer.agent_id), answer)
+        if known.verdict != answer.verdict:
+            words[answer.effect_key, answer.agent_id] = known.model_copy(
+                update={"verdict": "cannot_tell", "reply": None}
+            )
+    return tuple(words[key] for key in sorted(words))

@@ -1,0 +1,526 @@
+"""The peer that answers: a background service of every running agent.
+
+The responder is the process: however many agents it hosts, it reads the request topic once and
+sends one answer a request, which lists each of them.
+"""
+
+import asyncio
+import logging
+import time
+from collections import Counter, OrderedDict
+from contextlib import AsyncExitStack
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any, Self
+from weakref import WeakKeyDictionary
+
+from langgraph_peerctx.config import PeerContextSettings
+from langgraph_peerctx.errors import (
+    BrokerUnavailableError,
+    PeerContextError,
+    ProtocolError,
+    StoreError,
+    UnknownTopicError,
+)
+from langgraph_peerctx.identifiers import check_id, new_id
+from langgraph_peerctx.messaging.context_handler import ContextRequestHandler
+from langgraph_peerctx.messaging.mock_transport import create_transport
+from langgraph_peerctx.messaging.producer import headers_of
+from langgraph_peerctx.messaging.topics import topics_for
+from langgraph_peerctx.messaging.transport import From, Record, Subscription, Transport
+from langgraph_peerctx.persistence.event_store import EventStore, get_event_store
+from langgraph_peerctx.protocol.codec import decode, encode
+from langgraph_peerctx.protocol.messages import (
+    AgentAnswer,
+    ContextRequest,
+    ContextResponse,
+    InDoubtAnswer,
+)
+
+logger = logging.getLogger(__name__)
+
+LOOK_BACK_RECORDS = 1_000
+"""A service that was away still answers what has not expired meanwhile."""
+REMEMBERED_REQUESTS = 10_000
+QUEUED_REQUESTS = 1_000
+WORKERS = 4
+REQUESTS_PER_SECOND = 50.0
+BURST = 200.0
+MAX_REQUESTERS = 256
+
+
+class ContextResponder:
+    """One process's answers to context requests, for all agents that it hosts.
+
+    Args:
+        settings: Topics, limits, process id; by default from the environment.
+        transport: A started transport to borrow; by default one of its own.
+        incarnation: This life of the process; by default a fresh id.
+
+    Attributes:
+        counters: What was taken and what was not, by reason: `answered`, `expired`, `repeated`,
+            `throttled`, `overrun`, `unknown_topic`, `foreign_response_topic`, `unanswered`, and
+            `rejected.<fault>`.
+    """
+
+    def __init__(
+        self,
+        settings: PeerContextSettings | None = None,
+        *,
+        transport: Transport | None = None,
+        incarnation: str | None = None,
+    ) -> None:
+        self.settings = settings or PeerContextSettings()
+        self.incarnation = incarnation or new_id()
+        self.counters: Counter[str] = Counter()
+        self._borrowed = transport
+        self._transport: Transport | None = None
+        self._subscription: Subscription | None = None
+        self._handlers: dict[str, ContextRequestHandler] = {}
+        self._requests: asyncio.Queue[tuple[ContextRequest, float]] = asyncio.Queue(QUEUED_REQUESTS)
+        self._seen: OrderedDict[str, None] = OrderedDict()
+        self._buckets = _Buckets()
+        self._stack = AsyncExitStack()
+        self._users = 0
+        self._starting = asyncio.Lock()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it reads requests (in mock mode: would, if any could come)."""
+        return self._subscription is not None
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody uses it."""
+        return self._users == 0
+
+    @property
+    def degraded(self) -> tuple[str, ...]:
+        """Why requests may not reach it now; empty when all is well."""
+        if self._transport is None or self._subscription is None:
+            return ("the context service is not running",)
+        lost = self._subscription.lost
+        return self._transport.degraded or ((lost,) if lost else ())
+
+    @property
+    def agents(self) -> tuple[str, ...]:
+        """The agents that it answers for, sorted."""
+        return tuple(sorted(self._handlers))
+
+    def host(self, handler: ContextRequestHandler) -> None:
+        """Answer for this agent too, from the next request on; an earlier handler is replaced."""
+        self._handlers[handler.agent_id] = handler
+
+    def unhost(self, agent_id: str) -> None:
+        """Answer for this agent no longer."""
+        self._handlers.pop(agent_id, None)
+
+    async def acquire(self) -> None:
+        """Start with the first user; each `acquire` wants a `release`.
+
+        Raises:
+            BrokerUnavailableError: If there is no broker, and mock mode is `never`.
+        """
+        async with self._starting:
+            if self._users == 0:
+                await self.start()
+            self._users += 1
+
+    async def release(self) -> None:
+        """Stop with the last user."""
+        async with self._starting:
+            self._users -= 1
+            if self._users == 0:
+                await self.stop()
+
+    async def start(self) -> None:
+        """Read requests from the topic's last thousand on.
+
+        Raises:
+            BrokerUnavailableError: If there is no broker, and mock mode is `never`.
+        """
+        async with AsyncExitStack() as stack:
+            transport = self._borrowed
+            if transport is None:
+                transport = create_transport(self.settings)
+                stack.push_async_callback(transport.close)
+                await transport.start()
+            await transport.ensure_topics(topics_for(self.settings.kafka)[:1])
+            for number in range(WORKERS):
+                stack.push_async_callback(_ended, self._worker(number))
+            subscription = await transport.subscribe(
+                [self.settings.kafka.context_request_topic],
+                self._take,
+                start=From(back=LOOK_BACK_RECORDS),
+            )
+            stack.push_async_callback(subscription.close)
+            self._transport, self._subscription = transport, subscription
+            await self._until_positioned(subscription)
+            self._stack = stack.pop_all()
+
+    async def stop(self) -> None:
+        """Stop reading and answering. Safe to call twice."""
+        self._subscription = None
+        await self._stack.aclose()
+        self._transport = None
+
+    async def _until_positioned(self, subscription: Subscription) -> None:
+        seconds = self.settings.kafka.connect_timeout_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                await subscription.positioned()
+        except TimeoutError:
+            logger.warning("requests cannot be read yet: %s", subscription.lost)
+
+    def _worker(self, number: int) -> "asyncio.Task[None]":
+        return asyncio.create_task(self._work(), name=f"peerctx-responder-{number}")
+
+    def _take(self, record: Record) -> None:
+        """Take one record of the request topic: never waits."""
+        request = self._valid(record)
+        if request is None:
+            return
+        expires_at = record.timestamp_ms / 1_000 + request.lifetime_seconds
+        if not self._is_first(request.message_id):
+            self.counters["repeated"] += 1
+        elif expires_at < time.time():
+            self.counters["expired"] += 1
+        elif not self._buckets.take(request.requester_id):
+            self.counters["throttled"] += 1
+        elif self._requests.full():
+            self.counters["overrun"] += 1
+        else:
+            self._requests.put_nowait((request, expires_at))
+
+    def _valid(self, record: Record) -> ContextRequest | None:
+        try:
+            message = decode(record.value, max_bytes=self.settings.max_message_bytes)
+        except ProtocolError as error:
+            self.counters[f"rejected.{error.fault}"] += 1
+            return None
+        if isinstance(message, ContextRequest):
+            return message
+        self.counters["rejected.message_type"] += 1
+        return None
+
+    def _is_first(self, message_id: str) -> bool:
+        if message_id in self._seen:
+            return False
+        self._seen[message_id] = None
+        if len(self._seen) > REMEMBERED_REQUESTS:
+            self._seen.popitem(last=False)
+        return True
+
+    async def _work(self) -> None:
+        while True:
+            request, expires_at = await self._requests.get()
+            try:
+                await self._answer(request, expires_at)
+            except Exception:  # a service loop logs and goes on to the next record
+                self.counters["failed"] += 1
+                logger.exception("a request could not be answered")
+
+    async def _answer(self, request: ContextRequest, expires_at: float) -> None:
+        if expires_at < time.time():
+            self.counters["expired"] += 1
+            return
+        topic = self.settings.kafka.get_response_topic(request.requester_id)
+        if request.response_topic not in (None, topic):
+            self.counters["foreign_response_topic"] += 1
+            logger.warning(
+                "%s asks for answers on %.200r: ignored, they go to %s",
+                request.requester_id,
+                request.response_topic,
+                topic,
+            )
+        handlers = [h for a, h in self._handlers.items() if a != request.failed_agent_id]
+        answers = await self._ask(handlers, request)
+        response = self._response(request, answers)
+        data = encode_to_fit(response, self.settings.max_message_bytes)
+        if self._transport is None:
+            return
+        try:
+            await self._transport.send(topic, data, headers=headers_of(response))
+        except UnknownTopicError:
+            self.counters["unknown_topic"] += 1
+        except BrokerUnavailableError as error:
+            self.counters["unanswered"] += 1
+            logger.warning("an answer to %s was not sent: %s", request.requester_id, error)
+        else:
+            self.counters["answered"] += 1
+
+    async def _ask(
+        self, handlers: list[ContextRequestHandler], request: ContextRequest
+    ) -> list[tuple[AgentAnswer, tuple[InDoubtAnswer, ...]]]:
+        """Ask every hosted agent in one hop to a thread; a store that does not answer is busy."""
+        if not handlers:
+            return []
+        try:
+            return await handlers[0].store.in_thread(lambda: [h.answer(request) for h in handlers])
+        except StoreError as error:
+            reason = f"the event store cannot be asked ({type(error).__name__})"
+            return [
+                (AgentAnswer(agent_id=h.agent_id, status="busy", reason=reason), ())
+                for h in handlers
+            ]
+
+    def _response(
+        self,
+        request: ContextRequest,
+        answers: list[tuple[AgentAnswer, tuple[InDoubtAnswer, ...]]],
+    ) -> ContextResponse:
+        return ContextResponse.model_construct(
+            message_type="PROVIDE_CONTEXT",
+            schema_version=1,
+            message_id=new_id(),
+            sent_at=datetime.now(UTC),
+            correlation_id=request.correlation_id,
+            responder_id=self.settings.process_id,
+            incarnation=self.incarnation,
+            failed_agent_id=request.failed_agent_id,
+            thread_id=request.thread_id,
+            run_id=request.run_id,
+            epoch=request.epoch,
+            attempt=request.attempt,
+            agents=tuple(answer for answer, _ in answers),
+            in_doubt=tuple(settled for _, all_settled in answers for settled in all_settled),
+        )
+
+
+def encode_to_fit(response: ContextResponse, max_bytes: int) -> bytes:
+    """Return the response's bytes within a size; the oldest interactions go first.
+
+    What was cut is said: the agent's answer is `truncated`. In-doubt answers are never cut.
+
+    Raises:
+        ProtocolError: If even the bare answer is too large.
+    """
+    try:
+        return encode(response, max_bytes=max_bytes)
+    except ProtocolError as error:
+        if error.fault != "too_large":
+            raise
+    agents = tuple(_emptied(answer) for answer in response.agents)
+    bare = response.model_copy(update={"agents": agents})
+    room = max_bytes - len(bare.model_dump_json().encode()) - 1_024
+    share = room // max(1, len(agents))
+    cut = tuple(_cut(answer, share) for answer in response.agents)
+    return encode(response.model_copy(update={"agents": cut}), max_bytes=max_bytes)
+
+
+def _emptied(answer: AgentAnswer) -> AgentAnswer:
+    return answer.model_copy(update={"interactions": (), "memory_state": {}, "truncated": True})
+
+
+def _cut(answer: AgentAnswer, room: int) -> AgentAnswer:
+    """Keep the memory if it fits, and then the newest interactions that do."""
+    kept = []
+    memory = answer.memory_state
+    size = len(answer.model_copy(update={"interactions": ()}).model_dump_json().encode())
+    if memory and size > room:
+        memory, size = {}, 0
+    for interaction in answer.interactions:
+        size += len(interaction.model_dump_json().encode()) + 1
+        if size > room:
+            break
+        kept.append(interaction)
+    whole = len(kept) == len(answer.interactions) and memory == answer.memory_state
+    return answer.model_copy(
+        update={
+            "interactions": tuple(kept),
+            "memory_state": memory,
+            "truncated": answer.truncated or not whole,
+        }
+    )
+
+
+class _Buckets:
+    """A token bucket a requester, so that one that floods does not silence the others."""
+
+    def __init__(self) -> None:
+        self._tokens: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    def take(self, requester_id: str) -> bool:
+        now = time.monotonic()
+        tokens, since = self._tokens.pop(requester_id, (BURST, now))
+        tokens = min(BURST, tokens + (now - since) * REQUESTS_PER_SECOND)
+        self._tokens[requester_id] = (max(0.0, tokens - 1), now)
+        if len(self._tokens) > MAX_REQUESTERS:
+            self._tokens.popitem(last=False)
+        return tokens >= 1
+
+
+async def _ended(task: "asyncio.Task[None]") -> None:
+    task.cancel()
+    await asyncio.wait({task})
+
+
+class AgentContextService:
+    """Answers context requests for one agent while it is entered.
+
+    Agents of one process share its responder: one reading, one answer a request.
+
+    Args:
+        agent_id: The agent.
+        settings: By default from the environment.
+        store: The agent's event store, borrowed; by default the settings'.
+        transport: A started transport to borrow; the service then has a responder of its own.
+        responder: A responder to join; by default the process's.
+        handler: What answers; by default a `ContextRequestHandler` on the store.
+
+    Raises:
+        ProtocolError: If `agent_id` is no legal id.
+    """
+
+    def __init__(
+        self,
+        agent_id: str,
+        *,
+        settings: PeerContextSettings | None = None,
+        store: EventStore | None = None,
+        transport: Transport | None = None,
+        responder: ContextResponder | None = None,
+        handler: ContextRequestHandler | None = None,
+    ) -> None:
+        self.agent_id = check_id(agent_id, "agent_id")
+        self._settings = settings
+        self._store = store
+        self._transport = transport
+        self._given_responder = responder
+        self._handler = handler
+        self._responder: ContextResponder | None = None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether requests are answered."""
+        return self._responder is not None and self._responder.is_running
+
+    @property
+    def responder(self) -> ContextResponder | None:
+        """The process's responder, while the service runs."""
+        return self._responder
+
+    @property
+    def degraded(self) -> tuple[str, ...]:
+        """Why requests may not reach this agent now; empty when all is well."""
+        if self._responder is None:
+            return ("the context service is not running",)
+        return self._responder.degraded
+
+    async def start(self) -> None:
+        """Answer from now on. Safe to call twice.
+
+        Raises:
+            BrokerUnavailableError: If there is no broker, and mock mode is `never`.
+            StoreError: If the event store cannot be opened.
+        """
+        if self._responder is not None:
+            return
+        responder = self._given_responder or self._choose_responder()
+        handler = self._handler or self._new_handler(responder.settings)
+        await handler.store.aping()
+        await responder.acquire()
+        responder.host(handler)
+        self._responder = responder
+
+    async def stop(self) -> None:
+        """Answer no longer. Safe to call twice."""
+        responder, self._responder = self._responder, None
+        if responder is not None:
+            responder.unhost(self.agent_id)
+            await responder.release()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.stop()
+
+    def _choose_responder(self) -> ContextResponder:
+        settings = self._settings or PeerContextSettings()
+        if self._transport is not None:
+            return ContextResponder(settings, transport=self._transport)
+        return _shared_responder(settings)
+
+    def _new_handler(self, settings: PeerContextSettings) -> ContextRequestHandler:
+        return ContextRequestHandler(
+            self.agent_id,
+            store=self._store or get_event_store(settings.database_url),
+            max_interactions=settings.max_interactions,
+        )
+
+
+_RESPONDERS: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, ContextResponder]] = (
+    WeakKeyDictionary()
+)
+
+
+def _shared_responder(settings: PeerContextSettings) -> ContextResponder:
+    """Return the process's responder on this loop: one a broker and process id."""
+    shared = _RESPONDERS.setdefault(asyncio.get_running_loop(), {})
+    key = settings.model_dump_json(include={"kafka", "process_id", "mock_mode"})
+    if key not in shared or shared[key].idle:
+        shared[key] = ContextResponder(settings)
+    return shared[key]
+
+
+class AgentContextServiceManager:
+    """The services of all agents in this process.
+
+    Args:
+        settings: By default from the environment, when the first agent registers.
+    """
+
+    def __init__(self, settings: PeerContextSettings | None = None) -> None:
+        self._settings = settings
+        self._services: dict[str, AgentContextService] = {}
+
+    async def register_agent(self, agent_id: str, **options: Any) -> AgentContextService:
+        """Start a service for an agent, or return the one that runs.
+
+        Args:
+            agent_id: The agent.
+            **options: As `AgentContextService` takes them.
+
+        Raises:
+            PeerContextError: If the service does not start; nothing is left of it then.
+        """
+        running = self._services.get(agent_id)
+        if running is not None and running.is_running:
+            return running
+        service = AgentContextService(agent_id, **{"settings": self._settings, **options})
+        await service.start()
+        self._services[agent_id] = service
+        return service
+
+    async def unregister_agent(self, agent_id: str) -> None:
+        """Stop an agent's service, if there is one."""
+        service = self._services.pop(agent_id, None)
+        if service is not None:
+            await service.stop()
+
+    def get_service(self, agent_id: str) -> AgentContextService | None:
+        """Return an agent's service, or None."""
+        return self._services.get(agent_id)
+
+    async def stop_all(self) -> None:
+        """Stop every service; one that fails does not keep the others."""
+        for agent_id in list(self._services):
+            try:
+                await self.unregister_agent(agent_id)
+            except PeerContextError:
+                logger.exception("the service of %s did not stop well", agent_id)
+
+
+_MANAGER = AgentContextServiceManager()
+
+
+def get_service_manager() -> AgentContextServiceManager:
+    """Return the manager of this process: always the same one."""
+    return _MANAGER

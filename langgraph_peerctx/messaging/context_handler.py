@@ -1,0 +1,211 @@
+"""What one agent remembers of another, out of its own event store."""
+
+import logging
+from collections.abc import Callable, Collection, Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from langgraph_peerctx.errors import ProtocolError, StoreError
+from langgraph_peerctx.identifiers import check_id
+from langgraph_peerctx.messaging.producer import as_protocol_error
+from langgraph_peerctx.persistence.event_store import EventStore, get_event_store
+from langgraph_peerctx.protocol.messages import (
+    AgentAnswer,
+    AgentStatus,
+    ContextRequest,
+    InDoubtAnswer,
+    Interaction,
+    Json,
+)
+
+logger = logging.getLogger(__name__)
+
+MayAnswer = Callable[[ContextRequest], bool]
+Redact = Callable[[Json], Json]
+_REQUEST = TypeAdapter(ContextRequest)
+
+
+class ContextRequestHandler:
+    """Answers for one agent. It tells only what passed between that agent and the failed one.
+
+    Args:
+        agent_id: Whose memory this is.
+        store: Its event store, borrowed; by default the environment's.
+        may_answer: Says whether a request may be answered at all; by default every valid one.
+        memory_keys: Which keys of a remembered state may be told; by default all that the agent
+            chose to remember.
+        redact: Applied to each payload and memory before it is told.
+        max_interactions: The most that one answer holds, whatever the request allows.
+
+    Raises:
+        ProtocolError: If `agent_id` is no legal id.
+    """
+
+    def __init__(
+        self,
+        agent_id: str,
+        *,
+        store: EventStore | None = None,
+        may_answer: MayAnswer | None = None,
+        memory_keys: Collection[str] | None = None,
+        redact: Redact | None = None,
+        max_interactions: int = 200,
+    ) -> None:
+        self.agent_id = check_id(agent_id, "agent_id")
+        self._store = store
+        self._may_answer = may_answer
+        self._memory_keys = None if memory_keys is None else frozenset(memory_keys)
+        self._redact = redact
+        self._max_interactions = max_interactions
+
+    @property
+    def store(self) -> EventStore:
+        """The event store that is asked."""
+        if self._store is None:
+            self._store = get_event_store()
+        return self._store
+
+    def query_interactions_with_agent(
+        self, target_agent_id: str, thread_id: str, time_window_seconds: float
+    ) -> list[dict[str, Any]]:
+        """Return what passed between this agent and another in one thread, newest first.
+
+        It blocks while the database works; `handle_context_request` does not.
+
+        Args:
+            target_agent_id: The other agent.
+            thread_id: The thread.
+            time_window_seconds: How far back, in seconds.
+
+        Returns:
+            Interactions as plain JSON.
+
+        Raises:
+            StoreError: If the store cannot be read.
+        """
+        found = self._interactions(target_agent_id, thread_id, time_window_seconds)
+        return [interaction.model_dump(mode="json") for interaction in found]
+
+    def get_memory_state_for_agent(self, target_agent_id: str) -> dict[str, Any]:
+        """Return what this agent chose to remember of another, as plain JSON; often empty.
+
+        Raises:
+            StoreError: If the store cannot be read.
+        """
+        state = self.store.memory_of(self.agent_id, target_agent_id)
+        if self._memory_keys is not None:
+            state = {key: value for key, value in state.items() if key in self._memory_keys}
+        return self._redact(state) if self._redact and state else state
+
+    async def handle_context_request(
+        self, message: ContextRequest | Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return this agent's answer to a request, as plain JSON; nothing is sent.
+
+        Args:
+            message: A request, or its JSON as a consumer's handler gets it.
+
+        Returns:
+            `responder_id`, `failed_agent_id`, `thread_id`, and the fields of an `AgentAnswer`:
+            `status`, `interactions`, `memory_state`, ...; and `in_doubt`.
+
+        Raises:
+            ProtocolError: If the message is no valid request.
+        """
+        request = message if isinstance(message, ContextRequest) else _request(message)
+        answer, in_doubt = await self.store.in_thread(lambda: self.answer(request))
+        return {
+            "responder_id": self.agent_id,
+            "failed_agent_id": request.failed_agent_id,
+            "thread_id": request.thread_id,
+            **answer.model_dump(mode="json"),
+            "in_doubt": [settled.model_dump(mode="json") for settled in in_doubt],
+        }
+
+    def answer(self, request: ContextRequest) -> tuple[AgentAnswer, tuple[InDoubtAnswer, ...]]:
+        """Answer a request in the calling thread, which blocks while the database works.
+
+        A store that fails makes the answer `busy`, with the reason. In-doubt keys that name this
+        agent are answered whatever window and limits say; a policy that declines settles nothing.
+        """
+        if self._may_answer is not None and not self._may_answer(request):
+            reason = "this agent does not answer this requester"
+            return AgentAnswer(agent_id=self.agent_id, status="declined", reason=reason), ()
+        try:
+            return self._told(request), self._settled(request)
+        except StoreError as error:
+            logger.warning("the event store of %s cannot be asked: %s", self.agent_id, error)
+            reason = f"the event store cannot be asked ({type(error).__name__})"
+            busy = AgentAnswer(agent_id=self.agent_id, status="busy", reason=reason)
+            return busy, self._cannot_tell(request)
+
+    def _told(self, request: ContextRequest) -> AgentAnswer:
+        limit = min(request.max_interactions, self._max_interactions)
+        found = self._interactions(
+            request.failed_agent_id, request.thread_id, request.time_window_seconds, limit + 1
+        )
+        memory = self.get_memory_state_for_agent(request.failed_agent_id)
+        status: AgentStatus = "context" if found or memory else "nothing"
+        # Everything in it was validated when it came into the store.
+        return AgentAnswer.model_construct(
+            agent_id=self.agent_id,
+            status=status,
+            interactions=tuple(found[:limit]),
+            memory_state=memory,
+            truncated=len(found) > limit,
+            reason=None,
+        )
+
+    def _interactions(
+        self, target_agent_id: str, thread_id: str, window_seconds: float, limit: int | None = None
+    ) -> list[Interaction]:
+        found = self.store.interactions_with(
+            self.agent_id,
+            target_agent_id,
+            thread_id=thread_id,
+            since=datetime.now(UTC) - timedelta(seconds=window_seconds),
+            limit=limit or self._max_interactions,
+        )
+        if self._redact is None:
+            return found
+        return [i.model_copy(update={"payload": self._redact(i.payload)}) for i in found]
+
+    def _settled(self, request: ContextRequest) -> tuple[InDoubtAnswer, ...]:
+        """Say of each key that names this agent whether it arrived.
+
+        `seen` if it is recorded. Its absence proves nothing: it may still be on its way.
+        """
+        return tuple(
+            self._settle(request, key.effect_key)
+            for key in request.in_doubt
+            if key.peer_id == self.agent_id
+        )
+
+    def _settle(self, request: ContextRequest, effect_key: str) -> InDoubtAnswer:
+        seen = any(
+            i.from_agent == request.failed_agent_id and i.to_agent == self.agent_id
+            for i in self.store.by_effect_key(self.agent_id, effect_key)
+        )
+        return InDoubtAnswer(
+            effect_key=effect_key,
+            agent_id=self.agent_id,
+            verdict="seen" if seen else "cannot_tell",
+        )
+
+    def _cannot_tell(self, request: ContextRequest) -> tuple[InDoubtAnswer, ...]:
+        return tuple(
+            InDoubtAnswer(effect_key=k.effect_key, agent_id=self.agent_id, verdict="cannot_tell")
+            for k in request.in_doubt
+            if k.peer_id == self.agent_id
+        )
+
+
+def _request(message: Mapping[str, Any]) -> ContextRequest:
+    try:
+        return _REQUEST.validate_python(dict(message), strict=False)
+    except ValidationError as error:
+        raise as_protocol_error(error) from None
+    except TypeError as error:
+        raise ProtocolError("not_an_object", f"no request: {error}") from None

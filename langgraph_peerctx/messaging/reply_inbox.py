@@ -1,0 +1,207 @@
+"""One standing reading of the response topic a process; answers go to the gather that waits.
+
+It is positioned once, when it starts: a look-up behind a waiting fetch costs hundreds of
+milliseconds, and a reader that positions itself after the request left misses fast peers. The
+topic is shared by all processes of one requester id, so most of what comes may be for others: the
+correlation id in the header decides, before anything is parsed.
+"""
+
+import asyncio
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from langgraph_peerctx.errors import ProtocolError
+from langgraph_peerctx.messaging.transport import Offsets, Record, Subscription, Transport
+from langgraph_peerctx.protocol.codec import decode
+from langgraph_peerctx.protocol.messages import ContextResponse
+
+logger = logging.getLogger(__name__)
+
+REMEMBERED_CORRELATIONS = 1_000
+"""How many ended gathers are remembered, so that late answers are counted as such."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Slot:
+    """What one waiting gather has got so far.
+
+    Attributes:
+        responses: Responder id -> its first answer.
+        size_bytes: Bytes of the answers that were taken.
+        duplicate: Answers of a responder that had answered.
+        contradicted: Responders whose second answer was another one.
+        dropped: Answers that were not taken because of a limit.
+        rejected: Records under this correlation id that are no valid answer, by fault.
+    """
+
+    correlation_id: str
+    max_responders: int
+    max_total_bytes: int
+    on_response: Callable[[ContextResponse], None]
+    responses: dict[str, ContextResponse] = field(default_factory=dict)
+    size_bytes: int = 0
+    duplicate: int = 0
+    contradicted: set[str] = field(default_factory=set)
+    dropped: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+
+
+class ReplyInbox:
+    """Answers in, to whom they belong.
+
+    Args:
+        transport: Borrowed, started.
+        topic: The response topic.
+        max_message_bytes: Larger records are refused unread.
+    """
+
+    def __init__(self, transport: Transport, topic: str, *, max_message_bytes: int) -> None:
+        self._transport = transport
+        self._topic = topic
+        self._max_message_bytes = max_message_bytes
+        self._subscription: Subscription | None = None
+        self._slots: dict[str, Slot] = {}
+        self._ended: OrderedDict[str, int] = OrderedDict()
+        self.counters: Counter[str] = Counter()
+
+    async def start(self, *, timeout_seconds: float) -> None:
+        """Read from the topic's end on; returns once positioned, or when the time is up.
+
+        Not being positioned in time is no error: `lost` says why, and the reading goes on trying.
+        """
+        self._subscription = await self._transport.subscribe([self._topic], self.take)
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                await self._subscription.positioned()
+        except TimeoutError:
+            logger.warning("the reply topic %s cannot be read yet: %s", self._topic, self.lost)
+
+    async def close(self) -> None:
+        """Stop reading. Safe to call twice."""
+        if self._subscription is not None:
+            await self._subscription.close()
+
+    @property
+    def lost(self) -> str | None:
+        """Why no answer can arrive now, or None."""
+        return "not started" if self._subscription is None else self._subscription.lost
+
+    @property
+    def offsets(self) -> Offsets:
+        """The next record to read in each partition: what a later reader would start from."""
+        return {} if self._subscription is None else self._subscription.offsets
+
+    @contextmanager
+    def expect(
+        self,
+        correlation_id: str,
+        on_response: Callable[[ContextResponse], None],
+        *,
+        max_responders: int = 256,
+        max_total_bytes: int = 8_388_608,
+    ) -> Iterator[Slot]:
+        """Take answers under this correlation id for as long as the block lasts.
+
+        `on_response` is called with each responder's first answer, on the loop.
+        """
+        slot = Slot(
+            correlation_id=correlation_id,
+            max_responders=max_responders,
+            max_total_bytes=max_total_bytes,
+            on_response=on_response,
+        )
+        self._slots[correlation_id] = slot
+        try:
+            yield slot
+        finally:
+            del self._slots[correlation_id]
+            self._ended[correlation_id] = 0
+            while len(self._ended) > REMEMBERED_CORRELATIONS:
+                self._ended.popitem(last=False)
+
+    def late(self, correlation_id: str) -> int:
+        """Return how many answers came after the end of a gather, as far as it is remembered."""
+        return self._ended.get(correlation_id, 0)
+
+    def take(self, record: Record) -> None:
+        """Take one record of the response topic: never raises, never waits."""
+        correlation_id = record.header("correlation_id")
+        if correlation_id is None:
+            self._take_without_header(record)
+            return
+        slot = self._slots.get(correlation_id)
+        if slot is None:
+            self._count_orphan(correlation_id)
+        else:
+            self._read_into(slot, record)
+
+    def _take_without_header(self, record: Record) -> None:
+        """Others may not know our headers: parse, within the limits, while somebody waits."""
+        if not self._slots:
+            self.counters["unexpected"] += 1
+            return
+        response = self._decode(record, self.counters)
+        if response is None:
+            return
+        slot = self._slots.get(response.correlation_id)
+        if slot is None:
+            self._count_orphan(response.correlation_id)
+        else:
+            self._accept(slot, response, len(record.value or b""))
+
+    def _count_orphan(self, correlation_id: str) -> None:
+        if correlation_id in self._ended:
+            self._ended[correlation_id] += 1
+            self.counters["late"] += 1
+        else:
+            self.counters["unexpected"] += 1
+
+    def _read_into(self, slot: Slot, record: Record) -> None:
+        sender, size = record.header("sender"), len(record.value or b"")
+        if sender not in slot.responses and not self._has_room(slot, size):
+            slot.dropped += 1
+            return
+        # A responder that floods costs one parse: what it repeats is compared by its bytes' size.
+        if sender in slot.responses and slot.duplicate >= slot.max_responders:
+            slot.duplicate += 1
+            return
+        response = self._decode(record, slot.rejected)
+        if response is not None and response.correlation_id == slot.correlation_id:
+            self._accept(slot, response, size)
+        elif response is not None:
+            slot.rejected["correlation"] += 1
+
+    def _accept(self, slot: Slot, response: ContextResponse, size: int) -> None:
+        known = slot.responses.get(response.responder_id)
+        if known is not None:
+            slot.duplicate += 1
+            if known.agents != response.agents or known.in_doubt != response.in_doubt:
+                slot.contradicted.add(response.responder_id)
+            return
+        if not self._has_room(slot, size):
+            slot.dropped += 1
+            return
+        slot.responses[response.responder_id] = response
+        slot.size_bytes += size
+        slot.on_response(response)
+
+    @staticmethod
+    def _has_room(slot: Slot, size: int) -> bool:
+        return (
+            len(slot.responses) < slot.max_responders
+            and slot.size_bytes + size <= slot.max_total_bytes
+        )
+
+    def _decode(self, record: Record, rejected: Counter[str]) -> ContextResponse | None:
+        try:
+            message = decode(record.value, max_bytes=self._max_message_bytes)
+        except ProtocolError as error:
+            rejected[error.fault] += 1
+            return None
+        if isinstance(message, ContextResponse):
+            return message
+        rejected["message_type"] += 1
+        return None

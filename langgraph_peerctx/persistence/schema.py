@@ -1,0 +1,224 @@
+"""Every table, for SQLite and PostgreSQL alike.
+
+Moments are integers, microseconds since 1970 UTC: both databases keep them exactly and order them
+fast. JSON is text: both return what was written. The event store and the control database have one
+schema and one migration history, so that either address may name either, or both the same.
+"""
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Column,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    PrimaryKeyConstraint,
+    Table,
+    Text,
+    UniqueConstraint,
+    desc,
+)
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+RowNumber = BigInteger().with_variant(Integer, "sqlite")
+"""SQLite numbers rows by itself only where the key is an INTEGER."""
+
+# The event store: each agent's own memory.
+
+stores = Table(
+    "stores",
+    metadata,
+    Column("store_id", Text, primary_key=True),
+    Column("created_at", BigInteger, nullable=False),
+    comment="When this store was made: it knows nothing of what was before.",
+)
+
+interactions = Table(
+    "interactions",
+    metadata,
+    Column("sequence", RowNumber, primary_key=True, autoincrement=True),
+    Column("agent_id", Text, nullable=False),
+    Column("interaction_id", Text, nullable=False),
+    Column("counterpart_id", Text, nullable=False),
+    Column("thread_id", Text, nullable=False),
+    Column("from_agent", Text, nullable=False),
+    Column("to_agent", Text, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("payload", Text, nullable=False),
+    Column("occurred_at", BigInteger, nullable=False),
+    Column("recorded_at", BigInteger, nullable=False),
+    Column("effect_key", Text),
+    Column("run_id", Text),
+    Column("checkpoint_id", Text),
+    UniqueConstraint("agent_id", "interaction_id"),
+    comment="What passed between two agents, as agent_id remembers it.",
+)
+Index(
+    "ix_interactions_pair",
+    interactions.c.agent_id,
+    interactions.c.counterpart_id,
+    interactions.c.thread_id,
+    desc(interactions.c.occurred_at),
+    desc(interactions.c.sequence),
+)
+Index(
+    "ix_interactions_thread",
+    interactions.c.agent_id,
+    interactions.c.thread_id,
+    desc(interactions.c.occurred_at),
+    desc(interactions.c.sequence),
+)
+Index(
+    "ix_interactions_effect",
+    interactions.c.agent_id,
+    interactions.c.effect_key,
+    sqlite_where=interactions.c.effect_key.is_not(None),
+    postgresql_where=interactions.c.effect_key.is_not(None),
+)
+
+memories = Table(
+    "memories",
+    metadata,
+    Column("agent_id", Text, nullable=False),
+    Column("counterpart_id", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("updated_at", BigInteger, nullable=False),
+    PrimaryKeyConstraint("agent_id", "counterpart_id"),
+    comment="What an agent chose to remember of another, beside the interactions.",
+)
+
+receipts = Table(
+    "receipts",
+    metadata,
+    Column("agent_id", Text, nullable=False),
+    Column("effect_key", Text, nullable=False),
+    Column("sender_id", Text, nullable=False),
+    Column("run_id", Text),
+    Column("epoch", BigInteger, nullable=False),
+    Column("status", Text, nullable=False),
+    Column("reply", Text),
+    Column("received_at", BigInteger, nullable=False),
+    Column("done_at", BigInteger),
+    PrimaryKeyConstraint("agent_id", "sender_id", "effect_key"),
+    CheckConstraint("status IN ('open', 'done')", name="status"),
+    comment="An effect that arrived at agent_id, recorded before it acts.",
+)
+
+barred_keys = Table(
+    "barred_keys",
+    metadata,
+    Column("agent_id", Text, nullable=False),
+    Column("sender_id", Text, nullable=False),
+    Column("effect_key", Text, nullable=False),
+    Column("below_epoch", BigInteger, nullable=False),
+    Column("barred_at", BigInteger, nullable=False),
+    PrimaryKeyConstraint("agent_id", "sender_id", "effect_key"),
+    comment="Effects that agent_id has promised to refuse from epochs below this one.",
+)
+
+# The control database: shared with the recoverers.
+
+leases = Table(
+    "leases",
+    metadata,
+    Column("agent_id", Text, nullable=False),
+    Column("thread_id", Text, nullable=False),
+    Column("run_id", Text),
+    Column("epoch", BigInteger, nullable=False),
+    Column("owner_id", Text),
+    Column("owner_incarnation", Text),
+    Column("acquired_at", BigInteger, nullable=False),
+    Column("expires_at", BigInteger, nullable=False),
+    PrimaryKeyConstraint("agent_id", "thread_id"),
+    Index("ix_leases_owner_incarnation", "owner_incarnation"),
+    Index("ix_leases_expires_at", "expires_at"),
+    comment="Who may write a thread: one row a thread, its epoch rises with each owner.",
+)
+
+runs = Table(
+    "runs",
+    metadata,
+    Column("run_id", Text, primary_key=True),
+    Column("agent_id", Text, nullable=False),
+    Column("thread_id", Text, nullable=False),
+    Column("workflow", Text),
+    Column("owner_incarnation", Text),
+    Column("epoch", BigInteger, nullable=False),
+    Column("input_type", Text),
+    Column("input", LargeBinary),
+    Column("config", Text),
+    Column("context_type", Text),
+    Column("context", LargeBinary),
+    Column("durability", Text),
+    Column("traceparent", Text),
+    Column("admitted_at", BigInteger, nullable=False),
+    Column("ended_at", BigInteger),
+    Column("end_kind", Text),
+    Column("error", Text),
+    CheckConstraint(
+        "end_kind IN ('returned', 'raised', 'cancelled', 'handed_over')", name="end_kind"
+    ),
+    CheckConstraint("durability IN ('sync', 'async', 'exit')", name="durability"),
+    Index("ix_runs_agent_id_thread_id_admitted_at", "agent_id", "thread_id", "admitted_at"),
+    Index("ix_runs_owner_incarnation", "owner_incarnation"),
+    comment="Every admitted input and how its run ended; a run without an end has crashed.",
+)
+
+effects = Table(
+    "effects",
+    metadata,
+    Column("agent_id", Text, nullable=False),
+    Column("thread_id", Text, nullable=False),
+    Column("run_id", Text, nullable=False),
+    Column("position", Text, nullable=False),
+    Column("effect_key", Text, nullable=False),
+    Column("peer_id", Text),
+    Column("scope", Text, nullable=False),
+    Column("status", Text, nullable=False),
+    Column("epoch", BigInteger, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("intent_at", BigInteger, nullable=False),
+    Column("outcome", Text),
+    Column("done_at", BigInteger),
+    PrimaryKeyConstraint("agent_id", "thread_id", "run_id", "position", "effect_key"),
+    CheckConstraint("scope IN ('run', 'thread')", name="scope"),
+    CheckConstraint("status IN ('intent', 'done', 'not_done')", name="status"),
+    comment="Side effects: meant, and what came of them. An intent alone is in doubt.",
+)
+
+incidents = Table(
+    "incidents",
+    metadata,
+    Column("incident_id", Text, primary_key=True),
+    Column("agent_id", Text, nullable=False),
+    Column("thread_id", Text, nullable=False),
+    Column("dead_incarnation", Text, nullable=False),
+    Column("run_id", Text),
+    Column("status", Text, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("epoch", BigInteger, nullable=False),
+    Column("recoverer_id", Text),
+    Column("question", Text),
+    Column("answer", Text),
+    Column("result", Text),
+    Column("report", Text),
+    Column("opened_at", BigInteger, nullable=False),
+    Column("updated_at", BigInteger, nullable=False),
+    Column("next_attempt_at", BigInteger),
+    UniqueConstraint("agent_id", "thread_id", "dead_incarnation"),
+    CheckConstraint(
+        "status IN ('open', 'recovering', 'waiting_for_human', 'recovered', 'dead_letter')",
+        name="status",
+    ),
+    Index("ix_incidents_status_next_attempt_at", "status", "next_attempt_at"),
+    comment="One row a failure: attempts, dead letter, question to a human, result, report.",
+)

@@ -1,0 +1,200 @@
+"""One process's connection to its peers: what asks, and what it needs for that."""
+
+import logging
+from collections.abc import Collection, Iterable
+from contextlib import AsyncExitStack
+from types import TracebackType
+from typing import Self
+
+from langgraph_peerctx.config import PeerContextSettings
+from langgraph_peerctx.errors import BrokerUnavailableError, ConfigurationError
+from langgraph_peerctx.gathering.gatherer import Enough, Gatherer, OnAnswer
+from langgraph_peerctx.gathering.peer_context import PeerContext
+from langgraph_peerctx.messaging.mock_transport import create_transport
+from langgraph_peerctx.messaging.reply_inbox import ReplyInbox
+from langgraph_peerctx.messaging.topics import topics_for
+from langgraph_peerctx.messaging.transport import Transport
+from langgraph_peerctx.persistence.event_store import EventStore, get_event_store
+from langgraph_peerctx.protocol.messages import InDoubtKey
+
+logger = logging.getLogger(__name__)
+
+
+class PeerContextRuntime:
+    """Transport, reply inbox, gatherer and event store of one process, on the loop that enters it.
+
+    The inbox is positioned once, while it starts, so that a gather needs no look-up. Enter it once
+    and gather often: an async context manager.
+
+    Args:
+        settings: By default from the environment.
+        transport: A started transport to borrow; by default one of its own, closed with it.
+        store: The own event store, borrowed; by default the settings'.
+    """
+
+    def __init__(
+        self,
+        settings: PeerContextSettings | None = None,
+        *,
+        transport: Transport | None = None,
+        store: EventStore | None = None,
+    ) -> None:
+        self.settings = settings or PeerContextSettings()
+        self._transport = transport
+        self._borrowed = transport is not None
+        self._store = store
+        self._gatherer: Gatherer | None = None
+        self._stack = AsyncExitStack()
+
+    @property
+    def store(self) -> EventStore:
+        """The process's own event store, opened when first asked for."""
+        if self._store is None:
+            self._store = get_event_store(self.settings.database_url)
+        return self._store
+
+    @property
+    def transport(self) -> Transport:
+        """The transport, while the runtime runs.
+
+        Raises:
+            ConfigurationError: If it does not run.
+        """
+        if self._transport is None:
+            raise ConfigurationError("this runtime is not started: use it in an `async with`")
+        return self._transport
+
+    @property
+    def gatherer(self) -> Gatherer:
+        """What asks the peers, while the runtime runs.
+
+        Raises:
+            ConfigurationError: If it does not run.
+        """
+        if self._gatherer is None:
+            raise ConfigurationError("this runtime is not started: use it in an `async with`")
+        return self._gatherer
+
+    @property
+    def degraded(self) -> tuple[str, ...]:
+        """Why a gather would not be the whole truth now; empty when all is well."""
+        return self.transport.degraded
+
+    async def start(self) -> None:
+        """Connect, see to the topics, and position the inbox.
+
+        Raises:
+            BrokerUnavailableError: If there is no broker, and mock mode is `never`.
+            ConfigurationError: If the broker refuses the credentials.
+        """
+        if self._gatherer is not None:
+            return
+        settings = self.settings
+        async with AsyncExitStack() as stack:
+            transport = self._transport if self._borrowed else create_transport(settings)
+            assert transport is not None  # noqa: S101 - borrowed or made
+            if not self._borrowed:
+                stack.push_async_callback(transport.close)
+                await transport.start()
+            await self._see_to_topics(transport)
+            inbox = ReplyInbox(
+                transport,
+                settings.kafka.get_response_topic(settings.requester_id),
+                max_message_bytes=settings.max_message_bytes,
+            )
+            stack.push_async_callback(inbox.close)
+            await inbox.start(timeout_seconds=settings.kafka.connect_timeout_seconds)
+            self._transport = transport
+            self._gatherer = Gatherer(transport, inbox, settings)
+            self._stack = stack.pop_all()
+
+    async def _see_to_topics(self, transport: Transport) -> None:
+        """Make the two topics that asking needs; where we may not, they may be there later."""
+        settings = self.settings
+        request, _, replies = topics_for(
+            settings.kafka,
+            [settings.requester_id],
+            max_message_bytes=settings.max_message_bytes,
+        )
+        try:
+            await transport.ensure_topics([request, replies])
+        except BrokerUnavailableError as error:
+            if settings.mock_mode == "never":
+                raise
+            logger.warning("the topics are not ready: %s", error)
+
+    async def close(self) -> None:
+        """Close what is its own. Safe to call twice."""
+        self._gatherer = None
+        await self._stack.aclose()
+        if not self._borrowed:
+            self._transport = None
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def gather(
+        self,
+        *,
+        failed_agent_id: str,
+        thread_id: str,
+        timeout_seconds: float | None = None,
+        expect: Collection[str] = (),
+        min_responses: int | None = None,
+        enough: Enough | None = None,
+        time_window_seconds: float | None = None,
+        in_doubt: Iterable[InDoubtKey] = (),
+        run_id: str | None = None,
+        epoch: int = 0,
+        attempt: int = 1,
+        on_answer: OnAnswer | None = None,
+    ) -> PeerContext:
+        """Ask the peers what they remember of an agent in a thread; see `Gatherer.gather`.
+
+        Args:
+            failed_agent_id: Whom the question is about.
+            thread_id: In which thread.
+            timeout_seconds: The window, in seconds; by default the settings'.
+            expect: Who should answer, as agent ids or process ids: the gather ends with the last.
+            min_responses: Stop at so many answers; fewer are an error.
+            enough: Stop when this is true of the answers so far.
+            time_window_seconds: How far back the peers look, in seconds; by default the settings'.
+            in_doubt: Effects to be settled.
+            run_id: The run that died, where it is known.
+            epoch: The asker's epoch.
+            attempt: Which attempt at this recovery.
+            on_answer: Called with each answer as it comes, on the loop.
+
+        Raises:
+            ConfigurationError: If the runtime does not run.
+            ProtocolError: If an id is illegal or a value out of its range.
+            TooFewResponsesError: If fewer than `min_responses` answered in time.
+            BrokerUnavailableError: If there is no broker and mock mode is `never`.
+        """
+        gatherer = self.gatherer
+        request = gatherer.request(
+            failed_agent_id=failed_agent_id,
+            thread_id=thread_id,
+            time_window_seconds=time_window_seconds,
+            run_id=run_id,
+            epoch=epoch,
+            attempt=attempt,
+            in_doubt=in_doubt,
+        )
+        return await gatherer.gather(
+            request,
+            timeout_seconds=timeout_seconds,
+            expect=expect,
+            min_responses=min_responses,
+            enough=enough,
+            on_answer=on_answer,
+        )
