@@ -38,6 +38,11 @@ _NEEDS_CONTEXT: Final = (
     "pass context=, equal to the one of the process that died"
 )
 
+_LATER: Final = (
+    "not_delivered: an earlier recovery's facts wait at this step, and newer ones would make the "
+    "thread unreadable: they stay in this result"
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
@@ -142,13 +147,13 @@ def deliver_at_head(
     channel = peer_channel(workflow, channel_name)
     if channel is None:
         return Delivery(input=_command(view), shortfalls=(_no_channel(workflow, channel_name),))
-    update = None
-    if channel.name not in view.pending_channels:
-        update = channel.update(view.values.get(channel.name), facts)
-    if update is not None:
-        command = _command(view, {channel.name: update})
-        return Delivery(input=command, channel=channel.name, is_new=True)
-    return Delivery(input=_command(view), channel=channel.name if facts else None)
+    update = channel.update(view.values.get(channel.name), facts)
+    if update is None:
+        return Delivery(input=_command(view), channel=channel.name if facts else None)
+    if channel.name in view.pending_channels:
+        return Delivery(input=_command(view), channel=channel.name, shortfalls=(_LATER,))
+    command = _command(view, {channel.name: update})
+    return Delivery(input=command, channel=channel.name, is_new=True)
 
 
 def _command(view: CheckpointView, update: Mapping[str, Any] | None = None) -> Command[Any] | None:

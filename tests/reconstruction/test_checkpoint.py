@@ -246,6 +246,20 @@ async def test_an_answer_given_to_an_earlier_step_of_a_subgraph_is_used(bench: B
     assert view.status == "waiting_for_human"
 
 
+async def test_an_answer_that_two_questions_could_mean_answers_neither(bench: Bench) -> None:
+    graph = bench.graph("ask_a", "ask_b")
+    await bench.run(graph)
+    saved = await bench.saver.aget_tuple(CONFIG)
+    assert saved is not None
+    no_task = "00000000-0000-0000-0000-000000000000"
+    await bench.saver.aput_writes(saved.config, [("__resume__", "yes")], no_task)
+
+    view = await load_checkpoint(graph, CONFIG)
+
+    assert view.answer.state == "used"
+    assert view.status == "waiting_for_human"
+
+
 async def test_an_answer_in_an_earlier_superstep_is_forgotten(bench: Bench) -> None:
     graph = bench.graph("ask", "die", parallel=False)
 
@@ -276,6 +290,20 @@ async def test_a_breakpoint_that_was_passed_holds_no_longer(bench: Bench) -> Non
     await bench.run(graph)
     with pytest.raises(RuntimeError):
         await graph.ainvoke(None, CONFIG)
+
+    view = await load_checkpoint(graph, CONFIG)
+
+    assert view.status == "interrupted_work"
+    assert view.breakpoints == ()
+
+
+async def test_a_breakpoint_that_a_replay_was_sent_past_holds_no_longer(bench: Bench) -> None:
+    graph = bench.graph("first", "die", parallel=False, interrupt_before=["die"])
+    await bench.run(graph)
+    paused = await graph.aget_state(CONFIG)
+    with pytest.raises(KilledError):
+        await graph.ainvoke(None, paused.config)
+    bench.saver.life.dead = False
 
     view = await load_checkpoint(graph, CONFIG)
 

@@ -180,6 +180,24 @@ async def test_four_deaths_in_one_superstep_deliver_the_facts_once(bench: Bench,
 
 
 @pytest.mark.parametrize("kind", CHANNELS)
+async def test_facts_that_come_up_while_others_are_pending_are_not_sent(
+    bench: Bench, kind: str
+) -> None:
+    graph = bench.graph(CHANNELS[kind])
+    bench.kills["right"] = 2
+    await bench.die(graph)
+    await bench.recover(graph)
+    bench.runtime.answer = context(interaction(), interaction("order-2"))
+
+    result = await bench.recover(graph)
+
+    assert result["status"] == "resumed"
+    assert result["peer_context_used"]
+    assert codes(result) == ["not_delivered"]
+    assert len(result["final_state"]["peer_context"]) == 1
+
+
+@pytest.mark.parametrize("kind", CHANNELS)
 async def test_deaths_in_later_supersteps_deliver_the_facts_once(quick: Bench, kind: str) -> None:
     builder = StateGraph(CHANNELS[kind])
     builder.add_sequence([(name, quick.node(name)) for name in ("first", "second")])
