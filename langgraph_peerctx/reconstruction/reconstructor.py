@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from langchain_core.runnables import RunnableConfig
 
 from langgraph_peerctx.config import PeerContextSettings
+from langgraph_peerctx.gathering.gatherer import OnAnswer
 from langgraph_peerctx.identifiers import check_id
 from langgraph_peerctx.protocol.messages import InDoubtKey
 from langgraph_peerctx.reconstruction.checkpoint import CheckpointView, load_checkpoint
@@ -16,7 +17,6 @@ from langgraph_peerctx.reconstruction.recovery import (
 from langgraph_peerctx.reconstruction.sources import (
     ContextRuntime,
     EvidenceQuery,
-    OnAnswer,
     collect_context,
     collect_own_events,
     open_sources,
@@ -77,6 +77,7 @@ class AgentReconstructor:
 
         Raises:
             ConfigurationError: If an argument cannot be right.
+            ProtocolError: If an id is one that peers would refuse.
             TooFewResponsesError: If fewer than `min_responses` answered in time.
             StoreError: If the checkpointer could not be read.
         """

@@ -10,6 +10,7 @@ from langgraph.types import Durability
 
 from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.errors import StoreError
+from langgraph_peerctx.gathering.gatherer import OnAnswer
 from langgraph_peerctx.identifiers import check_id
 from langgraph_peerctx.protocol.messages import InDoubtKey, Json
 from langgraph_peerctx.reconstruction.checkpoint import CheckpointView, load_checkpoint
@@ -31,7 +32,6 @@ from langgraph_peerctx.reconstruction.resume import (
 from langgraph_peerctx.reconstruction.sources import (
     ContextRuntime,
     EvidenceQuery,
-    OnAnswer,
     collect_context,
     collect_own_events,
     open_sources,
@@ -139,6 +139,7 @@ async def recover_and_resume_workflow_async(
 
     Raises:
         ConfigurationError: If an argument cannot be right; nothing was run.
+        ProtocolError: If an id is one that peers would refuse; nothing was run.
         UnknownChannelError: If `initial_state` has keys that the workflow does not take.
         TooFewResponsesError: If fewer than `min_responses` answered; nothing was run.
         StoreError: If the checkpointer could not be read; nothing was run.

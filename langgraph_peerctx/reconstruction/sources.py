@@ -1,21 +1,21 @@
 """Where evidence comes from beside the checkpoint: the agent's own store, and its peers."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Protocol
 
 from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.errors import BrokerUnavailableError, StoreError
+from langgraph_peerctx.gathering.gatherer import OnAnswer
 from langgraph_peerctx.gathering.peer_context import PeerContext
 from langgraph_peerctx.identifiers import new_id
 from langgraph_peerctx.persistence.event_store import get_event_store
-from langgraph_peerctx.protocol.messages import ContextResponse, InDoubtKey, Interaction
+from langgraph_peerctx.protocol.messages import InDoubtKey, Interaction
 from langgraph_peerctx.runtime import PeerContextRuntime
-
-OnAnswer = Callable[[ContextResponse], None]
-"""Is told of each peer's answer when it arrives."""
 
 
 class OwnEvents(Protocol):
@@ -89,11 +89,12 @@ class Sources:
     """What a recovery may ask.
 
     Attributes:
+        open_store: Returns the agent's own store; may wait for a database, so not for a loop.
         runtime: None where peers are not asked, or there is no broker.
         shortfalls: What should be here and is not.
     """
 
-    store: OwnEvents
+    open_store: Callable[[], OwnEvents]
     settings: PeerContextSettings
     runtime: ContextRuntime | None = None
     shortfalls: tuple[str, ...] = ()
@@ -119,18 +120,27 @@ async def open_sources(
     A broker that is not there costs the peers' part, not the recovery.
     """
     if runtime is not None:
-        yield Sources(store=runtime.store, settings=runtime.settings, runtime=runtime)
+        yield _of_runtime(runtime)
         return
     settings = settings or PeerContextSettings()
+    unreached = Sources(
+        open_store=partial(get_event_store, settings.database_url), settings=settings
+    )
+    if not use_peer_context:
+        yield unreached
+        return
     async with AsyncExitStack() as stack:
-        shortfalls: tuple[str, ...] = ()
-        if use_peer_context:
-            try:
-                runtime = await stack.enter_async_context(PeerContextRuntime(settings))
-            except BrokerUnavailableError as error:
-                shortfalls = (f"no_broker: {error}",)
-        store = runtime.store if runtime else get_event_store(settings.database_url)
-        yield Sources(store=store, settings=settings, runtime=runtime, shortfalls=shortfalls)
+        try:
+            own = await stack.enter_async_context(PeerContextRuntime(settings))
+        except BrokerUnavailableError as error:
+            sources = replace(unreached, shortfalls=(f"no_broker: {error}",))
+        else:
+            sources = _of_runtime(own)
+        yield sources
+
+
+def _of_runtime(runtime: ContextRuntime) -> Sources:
+    return Sources(open_store=lambda: runtime.store, settings=runtime.settings, runtime=runtime)
 
 
 async def collect_context(
@@ -165,7 +175,8 @@ async def collect_own_events(sources: Sources, query: EvidenceQuery) -> OwnHisto
     """Read what the failed agent itself recorded of this thread; a broken store costs only that."""
     window = query.time_window_seconds or sources.settings.time_window_seconds
     try:
-        events = await sources.store.ainteractions_of(
+        store = await asyncio.to_thread(sources.open_store)
+        events = await store.ainteractions_of(
             query.agent_id,
             thread_id=query.thread_id,
             since=datetime.now(UTC) - timedelta(seconds=window),

@@ -6,9 +6,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from langgraph_peerctx.config import PeerContextSettings
+from langgraph_peerctx.gathering.gatherer import OnAnswer
 from langgraph_peerctx.gathering.peer_context import Coverage, Fact, PeerContext
 from langgraph_peerctx.protocol.messages import Interaction
-from langgraph_peerctx.reconstruction.sources import OnAnswer
 
 NOW = datetime(2030, 1, 1, 12, tzinfo=UTC)
 
