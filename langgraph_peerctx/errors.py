@@ -26,7 +26,6 @@ ProtocolFault = Literal[
     "not_utf8",
     "not_json",
     "too_deep",
-    "duplicate_key",
     "bad_number",
     "bad_text",
     "not_an_object",

@@ -91,12 +91,15 @@ def merge(
 
 
 def _fits(interaction: Interaction, agent_id: str, failed_agent_id: str, thread_id: str) -> bool:
-    parties = {interaction.from_agent, interaction.to_agent}
-    return interaction.thread_id == thread_id and parties == {agent_id, failed_agent_id}
+    parties = (interaction.from_agent, interaction.to_agent)
+    return interaction.thread_id == thread_id and parties in (
+        (agent_id, failed_agent_id),
+        (failed_agent_id, agent_id),
+    )
 
 
 def _first(versions: Mapping[str, Interaction]) -> Interaction:
-    return versions[min(versions)]
+    return versions[min(versions)] if len(versions) > 1 else next(iter(versions.values()))
 
 
 def _contradict(versions: Iterable[Interaction]) -> bool:
@@ -116,7 +119,8 @@ def _newest_within(
     kept: set[str] = set()
     room = max_bytes
     newest_first = sorted(
-        ((_first(versions).occurred_at, key) for key, versions in told.items()), reverse=True
+        ((_first(versions).occurred_at.timestamp(), key) for key, versions in told.items()),
+        reverse=True,
     )
     for _, key in newest_first:
         room -= len(_first(told[key]).model_dump_json())
@@ -127,17 +131,49 @@ def _newest_within(
 
 
 def _causal_order(told: Mapping[str, Mapping[str, Interaction]]) -> list[str]:
-    """Sort topologically: each agent's sequence is an edge, the time of occurrence breaks ties."""
-    after, waits = _edges(told)
-    when = {key: (_first(versions).occurred_at, key) for key, versions in told.items()}
-    ready = [when[key] for key in told if waits[key] == 0]
-    heapq.heapify(ready)
-    earliest_first = iter(sorted(when.values()))
-    left = set(told)
+    """Sort by time of occurrence, but never against what one agent's sequence says."""
+    # As numbers: comparing moments of different time zone objects costs ten times as much.
+    when = {key: (_first(versions).occurred_at.timestamp(), key) for key, versions in told.items()}
+    by_time = sorted(told, key=when.__getitem__)
+    recorded = _recorded(told)
+    place = {key: number for number, key in enumerate(by_time)}
+    if all(
+        place[earlier] < place[later]
+        for keys in recorded.values()
+        for earlier, later in pairwise(keys)
+    ):
+        return by_time
+    return _sorted_topologically(by_time, recorded.values(), when)
+
+
+def _recorded(told: Mapping[str, Mapping[str, Interaction]]) -> dict[str, list[str]]:
+    """Return agent -> the ids that it told of, in the order in which it recorded them."""
+    recorded: dict[str, list[tuple[int, str]]] = {}
+    for key, versions in told.items():
+        for agent_id, interaction in versions.items():
+            if interaction.sequence is not None:
+                recorded.setdefault(agent_id, []).append((interaction.sequence, key))
+    return {agent_id: [key for _, key in sorted(rows)] for agent_id, rows in recorded.items()}
+
+
+def _sorted_topologically(
+    by_time: Sequence[str],
+    recorded: Iterable[Sequence[str]],
+    when: Mapping[str, tuple[float, str]],
+) -> list[str]:
+    after: dict[str, list[str]] = {key: [] for key in by_time}
+    waits = dict.fromkeys(by_time, 0)
+    for keys in recorded:
+        for earlier, later in pairwise(keys):
+            after[earlier].append(later)
+            waits[later] += 1
+    ready = [when[key] for key in by_time if waits[key] == 0]
+    earliest_first = iter(by_time)
+    left = set(by_time)
     order: list[str] = []
     while left:
         # Nothing ready while something is left: sequences contradict each other.
-        _, key = heapq.heappop(ready) if ready else next(earliest_first)
+        key = heapq.heappop(ready)[1] if ready else next(earliest_first)
         if key not in left:
             continue
         left.remove(key)
@@ -147,24 +183,6 @@ def _causal_order(told: Mapping[str, Mapping[str, Interaction]]) -> list[str]:
             if waits[later] == 0:
                 heapq.heappush(ready, when[later])
     return order
-
-
-def _edges(
-    told: Mapping[str, Mapping[str, Interaction]],
-) -> tuple[dict[str, list[str]], dict[str, int]]:
-    recorded: dict[str, list[tuple[int, str]]] = {}
-    for key, versions in told.items():
-        for agent_id, interaction in versions.items():
-            if interaction.sequence is not None:
-                recorded.setdefault(agent_id, []).append((interaction.sequence, key))
-    after: dict[str, list[str]] = {key: [] for key in told}
-    waits = dict.fromkeys(told, 0)
-    for entries in recorded.values():
-        entries.sort()
-        for (_, earlier), (_, later) in pairwise(entries):
-            after[earlier].append(later)
-            waits[later] += 1
-    return after, waits
 
 
 def _settled(answers: Iterable[InDoubtAnswer]) -> tuple[InDoubtAnswer, ...]:

@@ -28,7 +28,11 @@ _BUSY = ("locked", "busy", "statement timeout", "lock timeout", "too many client
 
 
 def connect(
-    url: str, *, timeout_seconds: float = 5.0, synchronous: Synchronous = "NORMAL"
+    url: str,
+    *,
+    timeout_seconds: float = 5.0,
+    synchronous: Synchronous = "NORMAL",
+    reading: bool = False,
 ) -> Engine:
     """Return an engine for a database; nothing is opened yet.
 
@@ -37,14 +41,16 @@ def connect(
         timeout_seconds: How long a lock, a connection or a statement may take.
         synchronous: SQLite only. `NORMAL` keeps every committed row through a killed process;
             `FULL` through a power loss too, for about 0.13 ms a commit.
+        reading: For single statements that only read: no transaction is opened around them, which
+            makes a small query three times as fast.
 
     Raises:
         ConfigurationError: If the URL is none of these, or its driver is not installed.
     """
     address = _address(url)
     if address.get_backend_name() == "sqlite":
-        return _sqlite(address, timeout_seconds, synchronous)
-    return _postgresql(address, timeout_seconds)
+        return _sqlite(address, timeout_seconds, synchronous, _mode(reading=reading))
+    return _postgresql(address, timeout_seconds, _mode(reading=reading))
 
 
 def migrate(engine: Engine) -> None:
@@ -96,6 +102,11 @@ def name_of(engine: Engine) -> str:
     return engine.url.render_as_string(hide_password=True)
 
 
+def _mode(*, reading: bool) -> dict[str, Any]:
+    # An engine of its own: setting the isolation level at each checkout costs more than the query.
+    return {"isolation_level": "AUTOCOMMIT", "pool_reset_on_return": None} if reading else {}
+
+
 def _address(url: str) -> URL:
     try:
         address = make_url(url)
@@ -114,12 +125,14 @@ def _address(url: str) -> URL:
     return address
 
 
-def _sqlite(address: URL, timeout_seconds: float, synchronous: Synchronous) -> Engine:
+def _sqlite(
+    address: URL, timeout_seconds: float, synchronous: Synchronous, mode: dict[str, Any]
+) -> Engine:
     engine = create_engine(
-        address, connect_args={"timeout": timeout_seconds}, pool_timeout=timeout_seconds
+        address, connect_args={"timeout": timeout_seconds}, pool_timeout=timeout_seconds, **mode
     )
 
-    @event.listens_for(engine, "connect")
+    @event.listens_for(engine, "connect", insert=True)
     def _prepare(connection: Any, _record: Any) -> None:
         connection.isolation_level = None  # transactions are ours: the driver's begin too late
         cursor = connection.cursor()
@@ -127,17 +140,17 @@ def _sqlite(address: URL, timeout_seconds: float, synchronous: Synchronous) -> E
         cursor.execute(f"PRAGMA synchronous={synchronous}")
         cursor.close()
 
-    @event.listens_for(engine, "begin")
-    def _begin(connection: Connection) -> None:
-        options = connection.get_execution_options()
-        if options.get("isolation_level") != "AUTOCOMMIT":
-            writes = options.get("peerctx_writes", False)
+    if not mode:
+
+        @event.listens_for(engine, "begin")
+        def _begin(connection: Connection) -> None:
+            writes = connection.get_execution_options().get("peerctx_writes", False)
             connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
     return engine
 
 
-def _postgresql(address: URL, timeout_seconds: float) -> Engine:
+def _postgresql(address: URL, timeout_seconds: float, mode: dict[str, Any]) -> Engine:
     milliseconds = int(timeout_seconds * 1_000)
     try:
         return create_engine(
@@ -149,6 +162,7 @@ def _postgresql(address: URL, timeout_seconds: float) -> Engine:
                 "options": f"-c statement_timeout={milliseconds} -c lock_timeout={milliseconds}",
                 "tcp_user_timeout": milliseconds,
             },
+            **mode,
         )
     except (ModuleNotFoundError, NoSuchModuleError):
         raise ConfigurationError(

@@ -50,6 +50,7 @@ _FIELDS = (
     "run_id",
     "checkpoint_id",
 )
+_KEPT = set(_FIELDS)
 _TOLD = select(*(interactions.c[name] for name in _FIELDS)).where(
     interactions.c.agent_id == bindparam("agent_id")
 )
@@ -95,7 +96,9 @@ class EventStore:
         self._timeout_seconds = timeout_seconds
         self._fork = Forked()
         self._engine = connect(url, timeout_seconds=timeout_seconds, synchronous=synchronous)
-        self._reader = self._engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._reader = connect(
+            url, timeout_seconds=timeout_seconds, synchronous=synchronous, reading=True
+        )
         dialect = sqlite if self._engine.dialect.name == "sqlite" else postgresql
         self._insert = dialect.insert(interactions).on_conflict_do_nothing()
         upsert = dialect.insert(memories)
@@ -108,7 +111,7 @@ class EventStore:
             migrate(self._engine)
             self._note_birth()
         except BaseException:
-            self._engine.dispose()
+            self.close()
             raise
 
     @property
@@ -240,6 +243,7 @@ class EventStore:
 
     def close(self) -> None:
         """Close every connection. Safe to call twice."""
+        self._reader.dispose()
         self._engine.dispose()
 
     def __enter__(self) -> Self:
@@ -455,7 +459,7 @@ def _interaction(row: Row[Any]) -> Interaction:
     fields = dict(zip(_FIELDS, row, strict=True))
     fields["payload"] = from_json(fields["payload"])
     fields["occurred_at"] = _moment(fields["occurred_at"])
-    return Interaction.model_construct(**fields)
+    return Interaction.model_construct(_KEPT, **fields)
 
 
 def _window(

@@ -1,21 +1,26 @@
 """Messages to bytes and back, within limits.
 
 For any bytes whatever, `decode` returns a message or raises `ProtocolError`, in time linear in
-their length. What the parsers would let through (UTF-16, NaN, duplicate keys, deep nesting, NUL,
-lone surrogates) is refused before a model sees it.
+their length. pydantic's parser refuses what is no UTF-8 JSON, lone surrogates, and more than 200
+levels; what it would let through (NUL, NaN and infinities, integers beyond 64 bits, values too deep
+for a checkpoint) is refused here. Of a key that stands twice, the last counts.
 """
 
-import json
+import math
 import re
-from collections import Counter
-from typing import Any, NoReturn
+from collections.abc import Iterator
+from typing import Annotated, NoReturn
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, JsonValue, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from langgraph_peerctx.errors import ProtocolError, ProtocolFault
-from langgraph_peerctx.protocol.json_values import MAX_DEPTH, MAX_INTEGER, MIN_INTEGER
+from langgraph_peerctx.protocol.json_values import (
+    MAX_INTEGER,
+    MAX_PAYLOAD_DEPTH,
+    MIN_INTEGER,
+)
 from langgraph_peerctx.protocol.messages import (
-    SCHEMA_VERSION,
     ContextRequest,
     ContextResponse,
     DeathNotice,
@@ -24,20 +29,15 @@ from langgraph_peerctx.protocol.messages import (
 )
 
 MAX_MESSAGE_BYTES = 262_144
+MESSAGE_TYPES = frozenset({"REQUEST_CONTEXT", "PROVIDE_CONTEXT", "HEARTBEAT", "AGENT_DIED"})
 
-_MODELS: dict[str, TypeAdapter[Message]] = {
-    "REQUEST_CONTEXT": TypeAdapter(ContextRequest),
-    "PROVIDE_CONTEXT": TypeAdapter(ContextResponse),
-    "HEARTBEAT": TypeAdapter(Heartbeat),
-    "AGENT_DIED": TypeAdapter(DeathNotice),
-}
-MESSAGE_TYPES = frozenset(_MODELS)
-
-# Strings are matched whole, so that brackets in them do not count; possessive, and content with an
-# unterminated one, so that the scan is linear for any bytes.
-_STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]', re.DOTALL)
-_NUL_OR_SURROGATE = re.compile(rb"\\u(?:0000|[dD][89a-fA-F])")
-_MAX_DIGITS = 20
+_MESSAGE: TypeAdapter[Message] = TypeAdapter(
+    Annotated[
+        ContextRequest | ContextResponse | Heartbeat | DeathNotice,
+        Field(discriminator="message_type"),
+    ]
+)
+_ESCAPED_NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 
 
 def encode(message: Message, *, max_bytes: int = MAX_MESSAGE_BYTES) -> bytes:
@@ -46,10 +46,13 @@ def encode(message: Message, *, max_bytes: int = MAX_MESSAGE_BYTES) -> bytes:
     Raises:
         ProtocolError: If it is larger than `max_bytes`, or would not be read back.
     """
-    data = message.model_dump_json().encode()
+    try:
+        data = message.model_dump_json().encode()
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError("not_json", f"the message is no JSON: {error}"[:200]) from None
     if len(data) > max_bytes:
         _refuse("too_large", f"the message has {len(data)} bytes, {max_bytes} are allowed")
-    check_depth(data)
+    _check_free_values(message)
     return data
 
 
@@ -63,119 +66,85 @@ def decode(value: bytes | None, *, max_bytes: int = MAX_MESSAGE_BYTES) -> Messag
     Raises:
         ProtocolError: If it is none, for whatever reason; nothing else is ever raised.
     """
-    document = parse_object(value, max_bytes=max_bytes)
-    version = document.get("schema_version")
-    if version != SCHEMA_VERSION or isinstance(version, bool):
-        _refuse(
-            "version",
-            f"schema_version is {version!r:.40}, this release reads {SCHEMA_VERSION}: "
-            "run the same release everywhere",
-        )
-    message_type = document.get("message_type")
-    adapter = _MODELS.get(message_type) if isinstance(message_type, str) else None
-    if adapter is None:
-        _refuse("message_type", f"message_type {message_type!r:.80} is unknown")
-    try:
-        return adapter.validate_json(value or b"", strict=True)
-    except ValidationError as error:
-        fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        path = ".".join(str(step) for step in fault["loc"])[:200]
-        raise ProtocolError("field", f"{message_type}.{path}: {fault['msg'][:200]}") from None
-
-
-def parse_object(value: bytes | None, *, max_bytes: int = MAX_MESSAGE_BYTES) -> dict[str, Any]:
-    """Return the JSON object in `value`, refused where parsers differ about its meaning.
-
-    Raises:
-        ProtocolError: If there is none.
-    """
     if not value:
         _refuse("empty", "the value is empty")
     if len(value) > max_bytes:
         _refuse("too_large", f"the value has {len(value)} bytes, {max_bytes} are allowed")
     try:
-        text = value.decode("utf-8", "strict")
+        value.decode("utf-8", "strict")
     except UnicodeDecodeError as error:
         raise ProtocolError("not_utf8", f"no UTF-8 at byte {error.start}") from None
-    check_depth(value)
+    if rb"\u0000" in value and _ESCAPED_NUL.search(value):
+        _refuse("bad_text", "a text holds NUL")
     try:
-        document = json.loads(
-            text,
-            object_pairs_hook=_unique,
-            parse_int=_integer,
-            parse_float=_finite,
-            parse_constant=_constant,
-        )
-    except (ValueError, RecursionError) as error:
-        raise ProtocolError("not_json", f"no JSON: {error}"[:200]) from None
-    if not isinstance(document, dict):
-        _refuse("not_an_object", f"expected a JSON object, got a {type(document).__name__}")
-    if b"\0" in value or _NUL_OR_SURROGATE.search(value):
-        _check_texts(document)
-    return document
+        message = _MESSAGE.validate_json(value, strict=True)
+    except ValidationError as error:
+        raise _translated(error) from None
+    if "schema_version" not in message.model_fields_set:
+        _refuse("version", "schema_version is missing: run the same release everywhere")
+    _check_free_values(message)
+    return message
 
 
-def check_depth(data: bytes) -> None:
-    """Refuse JSON of more than `MAX_DEPTH` levels, without parsing it.
+def _check_free_values(message: Message) -> None:
+    """Refuse what a store or a checkpoint would not take, where a message holds any JSON."""
+    for value in _free_values(message):
+        _check(value, MAX_PAYLOAD_DEPTH)
 
-    Raises:
-        ProtocolError: If it is nested too deeply.
-    """
-    depth = 0
-    for match in _STRING_OR_BRACKET.finditer(data):
-        first = data[match.start()]
-        if first in b"[{":
-            depth += 1
-            if depth > MAX_DEPTH:
-                _refuse("too_deep", f"nested more than {MAX_DEPTH} levels deep")
-        elif first in b"]}":
-            depth -= 1
+
+def _free_values(message: Message) -> Iterator[JsonValue]:
+    if isinstance(message, ContextResponse):
+        for answer in message.agents:
+            yield answer.memory_state
+            for interaction in answer.interactions:
+                yield interaction.payload
+        for settled in message.in_doubt:
+            yield settled.reply
+
+
+def _check(value: JsonValue, depth: int) -> None:
+    if isinstance(value, dict | list):
+        if depth <= 0:
+            _refuse("too_deep", f"a value is nested more than {MAX_PAYLOAD_DEPTH} levels deep")
+        for item in value.values() if isinstance(value, dict) else value:
+            if not isinstance(item, str):
+                _check(item, depth - 1)
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            _refuse("bad_number", "NaN and infinities are no JSON numbers")
+    elif isinstance(value, int) and not MIN_INTEGER <= value <= MAX_INTEGER:
+        _refuse("bad_number", "an integer has more than 64 bits")
+
+
+def _translated(error: ValidationError) -> ProtocolError:
+    """Say in a word why a message is refused, and in a sentence where."""
+    faults = error.errors(include_url=False, include_input=False)
+    versions = [fault for fault in faults if fault["loc"][-1:] == ("schema_version",)]
+    fault = versions[0] if versions else faults[0]
+    path = ".".join(str(step) for step in fault["loc"])
+    detail = f"{path}: {fault['msg']}" if path else fault["msg"]
+    if versions:
+        detail = f"this release reads schema_version 1 ({detail}): run the same release everywhere"
+    return ProtocolError(_fault_of(fault), detail[:400])
+
+
+def _fault_of(fault: ErrorDetails) -> ProtocolFault:
+    kind, said = fault["type"], fault["msg"]
+    if kind == "json_invalid":
+        if "recursion" in said:
+            return "too_deep"
+        return "bad_text" if "surrogate" in said or "escape" in said else "not_json"
+    if kind.startswith("union_tag"):
+        return "message_type"
+    if not fault["loc"]:
+        return "not_an_object"
+    if fault["loc"][-1] == "schema_version":
+        return "version"
+    return "bad_number" if kind in _NUMBER_FAULTS else "field"
+
+
+_NUMBER_FAULTS = {"finite_number", "int_parsing_size", "int_from_float"}
 
 
 def _refuse(fault: ProtocolFault, detail: str) -> NoReturn:
     raise ProtocolError(fault, detail)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    document = dict(pairs)
-    if len(document) != len(pairs):
-        (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
-        _refuse("duplicate_key", f"the key {twice!r:.80} stands twice")
-    return document
-
-
-def _integer(digits: str) -> int:
-    if digits == "-0" or len(digits) > _MAX_DIGITS:
-        _refuse("bad_number", f"{digits[:40]} is no 64-bit integer")
-    number = int(digits)
-    if not MIN_INTEGER <= number <= MAX_INTEGER:
-        _refuse("bad_number", f"{digits} is no 64-bit integer")
-    return number
-
-
-def _finite(digits: str) -> float:
-    number = float(digits)
-    if number in (float("inf"), float("-inf")):
-        _refuse("bad_number", f"{digits[:40]} is too large for a number")
-    return number
-
-
-def _constant(name: str) -> NoReturn:
-    _refuse("bad_number", f"{name} is no JSON number")
-
-
-def _check_texts(value: Any) -> None:
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            _refuse("bad_text", "a text holds a lone surrogate")
-        if "\0" in value:
-            _refuse("bad_text", "a text holds NUL")
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            _check_texts(key)
-            _check_texts(item)
-    elif isinstance(value, list):
-        for item in value:
-            _check_texts(item)

@@ -12,10 +12,8 @@ from pydantic import JsonValue
 
 from langgraph_peerctx.errors import ProtocolError
 
-MAX_DEPTH = 32
-"""Levels of a whole message. Checkpoints fail at 255 levels, some parsers at 200."""
 MAX_PAYLOAD_DEPTH = 24
-"""Levels of one payload: what leaves room for the message around it."""
+"""Levels of one value, so that a whole message stays under 32; checkpoints fail at 255."""
 MAX_INTEGER = 2**63 - 1
 MIN_INTEGER = -(2**63)
 

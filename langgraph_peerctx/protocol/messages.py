@@ -73,7 +73,7 @@ class InDoubtAnswer(Frozen):
 class Envelope(Frozen):
     """What every message carries."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Annotated[int, Field(ge=SCHEMA_VERSION, le=SCHEMA_VERSION)] = SCHEMA_VERSION
     message_id: RecordId = Field(default_factory=new_id)
     sent_at: AwareDatetime
 

@@ -1,7 +1,7 @@
 """Values are made plain where they enter, so that every store and peer takes them alike."""
 
-import json
 import math
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from langgraph_peerctx.errors import ProtocolError
-from langgraph_peerctx.protocol.codec import parse_object
+from langgraph_peerctx.protocol.codec import decode, encode
 from langgraph_peerctx.protocol.json_values import plain, plain_object, plain_text
+from langgraph_peerctx.protocol.messages import AgentAnswer, ContextResponse
 
 wild = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),
@@ -25,8 +26,16 @@ wild = st.recursive(
 
 @given(st.dictionaries(st.text(st.characters(), max_size=5), wild, max_size=4))
 def test_whatever_is_made_plain_is_read_back_the_same_by_the_strictest_parser(value: Any) -> None:
-    result = plain_object(value)
-    assert parse_object(json.dumps(result).encode()) == result
+    answer = AgentAnswer(agent_id="b", status="context", memory_state=plain_object(value))
+    response = ContextResponse(
+        sent_at=datetime.now(UTC),
+        correlation_id="c",
+        responder_id="p",
+        failed_agent_id="a",
+        thread_id="t",
+        agents=(answer,),
+    )
+    assert decode(encode(response)) == response
 
 
 @given(wild)
