@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 from langgraph.types import Command
 from reconstruction.fake_runtime import FakeRuntime
@@ -15,9 +16,14 @@ from langgraph_peerctx.reconstruction.reconstructor import recover_and_resume_wo
 
 
 class WitnessSaver(AsyncSqliteSaver):
-    """Says when a write is in the database."""
+    """Says when a checkpoint or a write is in the database."""
 
     script: Script
+
+    async def aput(self, config: RunnableConfig, *arguments: Any) -> RunnableConfig:
+        stored = await super().aput(config, *arguments)
+        self.script.stored.release()
+        return stored
 
     async def aput_writes(self, *arguments: Any) -> None:
         await super().aput_writes(*arguments)
@@ -30,6 +36,7 @@ async def main(order: dict[str, Any]) -> None:
         kill_in=order["kill_in"],
         kill_on_visit=order["kill_on_visit"],
         after_writes=order["after_writes"],
+        after_checkpoints=order["after_checkpoints"],
     )
     async with WitnessSaver.from_conn_string(order["database"]) as saver:
         saver.script = script

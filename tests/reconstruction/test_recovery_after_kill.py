@@ -50,6 +50,7 @@ class Case:
         durability: str = "sync",
         kill_on_visit: int = 1,
         after_writes: int = 0,
+        after_checkpoints: int = 0,
         resume: str | None = None,
         recover: bool = False,
     ) -> None:
@@ -62,6 +63,7 @@ class Case:
             "kill_in": kill_in,
             "kill_on_visit": kill_on_visit,
             "after_writes": after_writes,
+            "after_checkpoints": after_checkpoints,
             "input": self.input,
             "resume": resume,
             "recover": recover,
@@ -159,7 +161,7 @@ async def test_a_killed_workflow_ends_as_it_would_have_ended(kill: Kill, tmp_pat
 
 async def test_an_unsaved_subgraph_runs_again_whole(tmp_path: Path) -> None:
     case = Case("unsaved_subgraph", tmp_path)
-    case.run("inner-2", durability="async")
+    case.run("inner-2", durability="async", after_checkpoints=2)
 
     result = await case.recover()
 
@@ -186,8 +188,8 @@ async def test_what_was_killed_beside_a_question_is_finished_and_the_question_st
     tmp_path: Path, durability: str
 ) -> None:
     case = Case("question_beside_work", tmp_path)
-    # START's writes and the question
-    case.run("work", after_writes=2, durability=durability)
+    # START's writes and the question, on the input's checkpoint and the first step's
+    case.run("work", after_writes=2, after_checkpoints=2, durability=durability)
 
     result = await case.recover()
 
@@ -272,11 +274,11 @@ async def test_exit_durability_restarts_from_the_initial_state(tmp_path: Path) -
 
 async def test_async_durability_ends_as_it_would_have_ended(tmp_path: Path) -> None:
     case = Case("line", tmp_path)
-    # START's, first's and second's
-    case.run("third", durability="async", after_writes=3)
+    # START's, first's and second's, and all checkpoints: the input's and one a step
+    case.run("third", durability="async", after_writes=3, after_checkpoints=4)
 
     result = await case.recover()
 
     assert result["status"] == "resumed"
     assert without_facts(result["final_state"]) == without_facts(await case.uninterrupted())
-    assert case.visits["third"] == 2
+    assert case.visits == {"first": 1, "second": 1, "third": 2}

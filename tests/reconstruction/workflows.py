@@ -33,14 +33,17 @@ class Script:
     Attributes:
         kill_in: The node that kills the process when it has begun; None for none.
         kill_on_visit: On which of its beginnings, counted over all processes.
-        after_writes: How many writes of siblings it lets the checkpointer store before.
+        after_writes: How many writes it lets the checkpointer store before.
+        after_checkpoints: How many checkpoints it lets it store before.
     """
 
     ledger: Path
     kill_in: str | None = None
     kill_on_visit: int = 1
     after_writes: int = 0
+    after_checkpoints: int = 0
     written: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
+    stored: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
 
     async def enter(self, name: str) -> None:
         with self.ledger.open("a") as ledger:
@@ -48,6 +51,8 @@ class Script:
         if name == self.kill_in and self.visits()[name] == self.kill_on_visit:
             for _ in range(self.after_writes):
                 await self.written.acquire()
+            for _ in range(self.after_checkpoints):
+                await self.stored.acquire()
             os.kill(os.getpid(), signal.SIGKILL)
 
     def visits(self) -> Counter[str]:
