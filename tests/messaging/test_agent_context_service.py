@@ -1,0 +1,450 @@
+"""One process, one answer: the peer's side of the protocol."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import FakeBroker, FakeTransport
+
+from langgraph_peerctx.config import PeerContextSettings
+from langgraph_peerctx.errors import BrokerUnavailableError, ProtocolError, StoreError
+from langgraph_peerctx.messaging.agent_context_service import (
+    AgentContextService,
+    AgentContextServiceManager,
+    ContextResponder,
+    encode_to_fit,
+    get_service_manager,
+)
+from langgraph_peerctx.messaging.context_handler import ContextRequestHandler
+from langgraph_peerctx.persistence.event_store import EventStore, record_interaction
+from langgraph_peerctx.protocol.codec import decode, encode
+from langgraph_peerctx.protocol.messages import (
+    AgentAnswer,
+    ContextRequest,
+    ContextResponse,
+    InDoubtAnswer,
+    InDoubtKey,
+    Interaction,
+)
+
+REQUESTS, REPLIES = "agent.context.request", "agent.context.response.asker"
+SETTINGS = PeerContextSettings(process_id="process-1", mock_mode="always")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Any:
+    with EventStore(f"sqlite:///{tmp_path}/events.db") as store:
+        yield store
+
+
+@pytest.fixture
+def broker() -> FakeBroker:
+    return FakeBroker(topics={REQUESTS: [], REPLIES: []})
+
+
+@pytest.fixture
+async def responder(broker: FakeBroker) -> AsyncIterator[ContextResponder]:
+    responder = ContextResponder(SETTINGS, transport=FakeTransport(broker))
+    yield responder
+    await responder.stop()
+
+
+def request(**changes: Any) -> ContextRequest:
+    fields: dict[str, Any] = {
+        "sent_at": datetime.now(UTC),
+        "correlation_id": "c1",
+        "requester_id": "asker",
+        "failed_agent_id": "product",
+        "thread_id": "t",
+        "time_window_seconds": 3_600.0,
+    }
+    return ContextRequest(**(fields | changes))
+
+
+def ask(broker: FakeBroker, **changes: Any) -> None:
+    broker.store(REQUESTS, encode(request(**changes)))
+
+
+async def answers(broker: FakeBroker, count: int = 1) -> list[ContextResponse]:
+    """Wait for so many answers, and a moment longer for one too many."""
+    async with asyncio.timeout(5):
+        while len(broker.topics[REPLIES]) < count:
+            await asyncio.sleep(0.005)
+    await asyncio.sleep(0.02)
+    read = [decode(record.value) for record in broker.topics[REPLIES]]
+    assert len(read) == count
+    return [message for message in read if isinstance(message, ContextResponse)]
+
+
+async def nothing_happens(responder: ContextResponder, counter: str, count: int = 1) -> None:
+    async with asyncio.timeout(5):
+        while responder.counters[counter] < count:
+            await asyncio.sleep(0.005)
+
+
+def remember(store: EventStore, agent_id: str, number: int = 1, **changes: Any) -> Interaction:
+    fields: dict[str, Any] = {
+        "agent_id": agent_id,
+        "from_agent": "product",
+        "to_agent": agent_id,
+        "thread_id": "t",
+        "kind": "order",
+        "payload": {"number": number},
+        "interaction_id": f"{agent_id}-{number}",
+        "store": store,
+    }
+    return record_interaction(**(fields | changes))
+
+
+async def test_one_answer_lists_every_agent_of_the_process(
+    broker: FakeBroker, responder: ContextResponder, store: EventStore
+) -> None:
+    remember(store, "marketing")
+    async with (
+        AgentContextService("marketing", responder=responder, store=store),
+        AgentContextService("inventory", responder=responder, store=store),
+    ):
+        ask(broker)
+        (answer,) = await answers(broker)
+    assert answer.responder_id == "process-1"
+    assert answer.correlation_id == "c1"
+    assert {a.agent_id: a.status for a in answer.agents} == {
+        "marketing": "context",
+        "inventory": "nothing",
+    }
+
+
+async def test_the_answer_carries_what_is_needed_to_skip_it_unread(
+    broker: FakeBroker, responder: ContextResponder, store: EventStore
+) -> None:
+    async with AgentContextService("marketing", responder=responder, store=store):
+        ask(broker)
+        await answers(broker)
+    assert dict(broker.topics[REPLIES][0].headers) == {
+        "message_type": b"PROVIDE_CONTEXT",
+        "correlation_id": b"c1",
+        "sender": b"process-1",
+    }
+
+
+async def test_the_failed_agent_is_no_peer_of_itself(
+    broker: FakeBroker, responder: ContextResponder, store: EventStore
+) -> None:
+    async with AgentContextService("product", responder=responder, store=store):
+        ask(broker)
+        (answer,) = await answers(broker)
+    assert answer.agents == ()
+
+
+async def test_only_what_passed_with_the_failed_agent_in_the_thread_and_window_is_told(
+    broker: FakeBroker, responder: ContextResponder, store: EventStore
+) -> None:
+    remember(store, "marketing", 1)
+    remember(store, "marketing", 2, thread_id="another")
+    remember(store, "marketing", 3, from_agent="inventory")
+    remember(store, "marketing", 4, occurred_at=datetime.now(UTC) - timedelta(hours=2))
+    remember(store, "marketing", 5, from_agent="marketing", to_agent="product")
+    async with AgentContextService("marketing", responder=responder, store=store):
+        ask(broker)
+        (answer,) = await answers(broker)
+    told = [i.interaction_id for i in answer.agents[0].interactions]
+    assert told == ["marketing-5", "marketing-1"]
+
+
+async def test_the_same_request_again_is_answered_once(
+    broker: FakeBroker, responder: ContextResponder, store: EventStore
+) -> None:
+    async with AgentContextService("marketing", responder=responder, store=store):
+        value = encode(request())
+        for _ in range(1_000):
+            broker.store(REQUESTS, value)
+        await nothing_happens(responder, "repeated", 999)
+        await answers(broker)
+
+
+async def test_an_expired_request_is_not_answered(
+    broker: FakeBroker, responder: ContextResponder, store: EventStore
+) -> None:
+    now = broker.now_ms()
+    broker.now_ms = lambda: now - 61_000
+    async with AgentContextService("marketing", responder=responder, store=store):
+        ask(broker)
+        await nothing_happens(responder, "expired")
+    assert broker.topics[REPLIES] == []
+
+
+async def test_a_request_from_just_before_the_start_is_answered(
+    broker: FakeBroker, responder: ContextResponder, store: EventStore
+) -> None:
+    ask(broker)
+    async with AgentContextService("marketing", responder=responder, store=store):
+        await answers(broker)
+
+
+async def test_answers_go_where_the_requester_reads_and_nowhere_else(
+    broker: FakeBroker, responder: ContextResponder, store: EventStore
+) -> None:
+    broker.topics["__consumer_offsets"] = []
+    async with AgentContextService("marketing", responder=responder, store=store):
+        ask(broker, response_topic="__consumer_offsets")
+        await answers(broker)
+    assert broker.topics["__consumer_offsets"] == []
+    assert responder.counters["foreign_response_topic"] == 1
+
+
+async def test_a_topic_that_does_not_exist_is_not_made_and_counted(
+    broker: FakeBroker, responder: ContextResponder, store: EventStore
+) -> None:
+    async with AgentContextService("marketing", responder=responder, store=store):
+        ask(broker, requester_id="nobody")
+        await nothing_happens(responder, "unknown_topic")
+    assert set(broker.topics) == {REQUESTS, REPLIES}
+
+
+async def test_poison_is_counted_by_its_fault_and_skipped(
+    broker: FakeBroker, responder: ContextResponder, store: EventStore
+) -> None:
+    async with AgentContextService("marketing", responder=responder, store=store):
+        for poison in (None, b"\xff", b"{", b"[" * 100_000, b"x" * 300_000, b"[]"):
+            broker.store(REQUESTS, poison)
+        broker.store(REQUESTS, encode(request()).replace(b'"asker"', b'"../x"'))
+        ask(broker)
+        await answers(broker)
+    rejected = {k: v for k, v in responder.counters.items() if k.startswith("rejected.")}
+    assert rejected == {
+        "rejected.empty": 1,
+        "rejected.not_utf8": 1,
+        "rejected.not_json": 1,
+        "rejected.too_deep": 1,
+        "rejected.too_large": 1,
+        "rejected.not_an_object": 1,
+        "rejected.field": 1,
+    }
+
+
+async def test_one_requester_that_floods_does_not_silence_another(
+    broker: FakeBroker, responder: ContextResponder, store: EventStore
+) -> None:
+    async with AgentContextService("marketing", responder=responder, store=store):
+        for number in range(1_000):
+            ask(broker, requester_id="flooder", correlation_id=f"f{number}")
+        ask(broker)
+        (answer,) = await answers(broker)
+    assert answer.correlation_id == "c1"
+    assert responder.counters["throttled"] >= 700
+
+
+async def test_in_doubt_keys_of_this_agent_are_always_answered(
+    broker: FakeBroker, responder: ContextResponder, store: EventStore
+) -> None:
+    long_ago = datetime.now(UTC) - timedelta(days=2)
+    remember(store, "inventory", occurred_at=long_ago, effect_key="order-1")
+    remember(store, "inventory", 2, from_agent="intruder", effect_key="order-2")
+    keys = tuple(
+        InDoubtKey(effect_key=key, peer_id=peer, epoch=1, intent_at=long_ago)
+        for key, peer in (
+            ("order-1", "inventory"),
+            ("order-2", "inventory"),
+            ("order-3", "inventory"),
+            ("order-1", "somebody-else"),
+        )
+    )
+    async with AgentContextService("inventory", responder=responder, store=store):
+        ask(broker, in_doubt=keys, time_window_seconds=1.0, max_interactions=1)
+        (answer,) = await answers(broker)
+    assert {(a.effect_key, a.verdict) for a in answer.in_doubt} == {
+        ("order-1", "seen"),
+        ("order-2", "cannot_tell"),
+        ("order-3", "cannot_tell"),
+    }
+
+
+async def test_a_store_that_fails_makes_the_answer_busy_with_a_reason(
+    broker: FakeBroker, responder: ContextResponder, store: EventStore
+) -> None:
+    class Failing(ContextRequestHandler):
+        def _told(self, request: ContextRequest) -> AgentAnswer:
+            raise StoreError(f"no disk for {request.thread_id}")
+
+    handler = Failing("inventory", store=store)
+    key = InDoubtKey(
+        effect_key="order-1", peer_id="inventory", epoch=0, intent_at=datetime.now(UTC)
+    )
+    async with AgentContextService("inventory", responder=responder, handler=handler):
+        ask(broker, in_doubt=(key,))
+        (answer,) = await answers(broker)
+    assert answer.agents[0].status == "busy"
+    assert answer.agents[0].reason == "the event store cannot be asked (StoreError)"
+    assert [a.verdict for a in answer.in_doubt] == ["cannot_tell"]
+
+
+async def test_a_policy_may_decline(
+    broker: FakeBroker, responder: ContextResponder, store: EventStore
+) -> None:
+    remember(store, "marketing")
+    handler = ContextRequestHandler("marketing", store=store, may_answer=lambda _: False)
+    async with AgentContextService("marketing", responder=responder, handler=handler):
+        ask(broker)
+        (answer,) = await answers(broker)
+    assert (answer.agents[0].status, answer.agents[0].interactions) == ("declined", ())
+
+
+async def test_only_allowed_keys_of_a_memory_are_told_and_all_is_redacted(
+    broker: FakeBroker, responder: ContextResponder, store: EventStore
+) -> None:
+    remember(store, "marketing", payload={"card": "4711", "n": 1})
+    store.remember("marketing", "product", {"mood": "good", "password": "secret"})
+    handler = ContextRequestHandler(
+        "marketing",
+        store=store,
+        memory_keys=["mood"],
+        redact=lambda body: {k: v for k, v in body.items() if k != "card"},
+    )
+    async with AgentContextService("marketing", responder=responder, handler=handler):
+        ask(broker)
+        (answer,) = await answers(broker)
+    assert answer.agents[0].memory_state == {"mood": "good"}
+    assert answer.agents[0].interactions[0].payload == {"n": 1}
+
+
+async def test_more_than_was_asked_for_is_cut_to_the_newest_and_said(
+    broker: FakeBroker, responder: ContextResponder, store: EventStore
+) -> None:
+    for number in range(5):
+        remember(store, "marketing", number)
+    async with AgentContextService("marketing", responder=responder, store=store):
+        ask(broker, max_interactions=3)
+        (answer,) = await answers(broker)
+    assert [i.payload["number"] for i in answer.agents[0].interactions] == [4, 3, 2]
+    assert answer.agents[0].truncated
+
+
+async def test_a_broker_that_takes_no_answer_does_not_end_the_service(
+    broker: FakeBroker, store: EventStore
+) -> None:
+    transport = FakeTransport(broker)
+    responder = ContextResponder(SETTINGS, transport=transport)
+    async with AgentContextService("marketing", responder=responder, store=store):
+        transport.send_fault = BrokerUnavailableError("gone")
+        ask(broker)
+        await nothing_happens(responder, "unanswered")
+        transport.send_fault = None
+        ask(broker)
+        await answers(broker)
+
+
+def big_response(count: int) -> ContextResponse:
+    told = tuple(
+        Interaction(
+            interaction_id=f"i{n}",
+            thread_id="t",
+            from_agent="product",
+            to_agent="marketing",
+            kind="order",
+            payload={"text": "x" * 900},
+            occurred_at=datetime.now(UTC),
+        )
+        for n in range(count)
+    )
+    settled = InDoubtAnswer(effect_key="k", agent_id="marketing", verdict="seen", reply={"n": 1})
+    answer = AgentAnswer(agent_id="marketing", status="context", interactions=told)
+    return ContextResponse(
+        sent_at=datetime.now(UTC),
+        correlation_id="c",
+        responder_id="p",
+        failed_agent_id="product",
+        thread_id="t",
+        agents=(answer, AgentAnswer(agent_id="small", status="nothing")),
+        in_doubt=(settled,),
+    )
+
+
+@pytest.mark.parametrize("max_bytes", [8_192, 20_000, 262_144])
+def test_an_answer_is_cut_to_the_newest_that_fit_and_in_doubt_stays(max_bytes: int) -> None:
+    whole = big_response(100)
+    data = encode_to_fit(whole, max_bytes)
+    cut = decode(data, max_bytes=max_bytes)
+    assert isinstance(cut, ContextResponse)
+    told = cut.agents[0].interactions
+    assert told == whole.agents[0].interactions[: len(told)]
+    assert cut.in_doubt == whole.in_doubt
+    assert cut.agents[0].truncated == (len(told) < 100)
+    assert not cut.agents[1].truncated
+    assert len(told) > 0
+
+
+async def test_services_of_one_process_share_its_responder(tmp_path: Path) -> None:
+    settings = PeerContextSettings(
+        mock_mode="always", database_url=f"sqlite:///{tmp_path}/events.db"
+    )
+    async with (
+        AgentContextService("a", settings=settings) as first,
+        AgentContextService("b", settings=settings) as second,
+    ):
+        assert first.responder is second.responder
+        assert first.responder is not None
+        assert first.responder.agents == ("a", "b")
+        shared = first.responder
+    assert not shared.is_running
+
+
+async def test_a_service_can_be_stopped_twice_and_started_again(
+    broker: FakeBroker, responder: ContextResponder, store: EventStore
+) -> None:
+    service = AgentContextService("marketing", responder=responder, store=store)
+    await service.start()
+    await service.start()
+    assert service.is_running
+    await service.stop()
+    await service.stop()
+    assert not service.is_running
+    assert service.degraded == ("the context service is not running",)
+    async with service:
+        ask(broker)
+        await answers(broker)
+
+
+async def test_a_service_that_fails_to_start_leaves_nothing_behind(tmp_path: Path) -> None:
+    settings = PeerContextSettings(mock_mode="always")
+    manager = AgentContextServiceManager(settings)
+    with pytest.raises(StoreError):
+        await manager.register_agent(
+            "a",
+            settings=PeerContextSettings(database_url=f"sqlite:///{tmp_path}/missing/events.db"),
+        )
+    assert manager.get_service("a") is None
+
+
+async def test_the_manager_starts_each_agent_once_and_stops_all(
+    responder: ContextResponder, store: EventStore
+) -> None:
+    manager = AgentContextServiceManager()
+    first = await manager.register_agent("a", responder=responder, store=store)
+    assert await manager.register_agent("a", responder=responder, store=store) is first
+    await manager.register_agent("b", responder=responder, store=store)
+    assert responder.agents == ("a", "b")
+    await manager.unregister_agent("b")
+    await manager.unregister_agent("b")
+    assert manager.get_service("b") is None
+    await manager.stop_all()
+    assert manager.get_service("a") is None
+    assert not first.is_running
+    assert not responder.is_running
+
+
+def test_there_is_one_manager_a_process() -> None:
+    assert get_service_manager() is get_service_manager()
+
+
+def test_an_illegal_agent_id_is_refused_at_once() -> None:
+    with pytest.raises(ProtocolError, match="agent_id"):
+        AgentContextService("../x")
+
+
+async def test_mock_mode_is_said(store: EventStore) -> None:
+    async with AgentContextService("a", settings=SETTINGS, store=store) as service:
+        assert service.is_running
+        assert service.degraded[0].startswith("mock mode")
