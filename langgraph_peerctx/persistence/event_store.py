@@ -1,60 +1,60 @@
 """What an agent remembers: interactions with others, in its own database."""
 
 import asyncio
+import atexit
 import os
 import threading
-import time
-from collections.abc import Callable, Iterable, Mapping
-from datetime import UTC, datetime, timedelta
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from datetime import UTC, datetime
 from functools import partial
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, NotRequired, Required, Self, TypedDict, TypeVar, Unpack
 
-import anyio.to_thread
 from pydantic import ValidationError
-from pydantic_core import from_json, to_json
-from sqlalchemy import Row, Select, bindparam, func, select
+from pydantic_core import from_json
+from sqlalchemy import Connection, Row, Select, bindparam, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError
 
 from langgraph_peerctx.config import PeerContextSettings
-from langgraph_peerctx.errors import ProtocolError, StoreBusyError
+from langgraph_peerctx.errors import (
+    ConfigurationError,
+    ProtocolError,
+    StoreBusyError,
+    StoreError,
+)
 from langgraph_peerctx.identifiers import check_id, new_id
-from langgraph_peerctx.persistence.engine import (
-    Forked,
-    Synchronous,
-    connect,
-    migrate,
-    name_of,
-    translated,
-    writing,
+from langgraph_peerctx.persistence.engine import POOL_SIZE, Synchronous, connect, name_of, writing
+from langgraph_peerctx.persistence.faults import is_busy, translated
+from langgraph_peerctx.persistence.opened import Opened
+from langgraph_peerctx.persistence.rows import (
+    EARLIEST,
+    FIELDS,
+    LATEST,
+    interactions_in,
+    json_text,
+    microseconds,
+    moment_at,
+    now,
+    row_of,
+    stored,
 )
 from langgraph_peerctx.persistence.schema import interactions, memories, stores
+from langgraph_peerctx.persistence.upgrade import upgrade
 from langgraph_peerctx.protocol.json_values import plain_object, plain_text
 from langgraph_peerctx.protocol.messages import Interaction, Json
 
 T = TypeVar("T")
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_EVER = (-(2**62), 2**62)
-_FIELDS = (
-    "interaction_id",
-    "thread_id",
-    "from_agent",
-    "to_agent",
-    "kind",
-    "payload",
-    "occurred_at",
-    "sequence",
-    "effect_key",
-    "run_id",
-    "checkpoint_id",
-)
-_KEPT = set(_FIELDS)
-_TOLD = select(*(interactions.c[name] for name in _FIELDS)).where(
+LIMIT = 200
+"""How many interactions a query returns when nobody says."""
+
+_TOLD = select(*(interactions.c[name] for name in FIELDS)).where(
     interactions.c.agent_id == bindparam("agent_id")
 )
-_NEWEST_FIRST = (
+_OF = (
     _TOLD.where(
         interactions.c.thread_id == bindparam("thread_id"),
         interactions.c.occurred_at.between(bindparam("since"), bindparam("until")),
@@ -62,8 +62,7 @@ _NEWEST_FIRST = (
     .order_by(interactions.c.occurred_at.desc(), interactions.c.sequence.desc())
     .limit(bindparam("limit"))
 )
-_WITH = _NEWEST_FIRST.where(interactions.c.counterpart_id == bindparam("counterpart_id"))
-_OF = _NEWEST_FIRST
+_WITH = _OF.where(interactions.c.counterpart_id == bindparam("counterpart_id"))
 _BY_ID = _TOLD.where(interactions.c.interaction_id == bindparam("interaction_id"))
 _BY_EFFECT = _TOLD.where(interactions.c.effect_key == bindparam("effect_key")).order_by(
     interactions.c.sequence.desc()
@@ -72,13 +71,24 @@ _MEMORY = select(memories.c.state).where(
     memories.c.agent_id == bindparam("agent_id"),
     memories.c.counterpart_id == bindparam("counterpart_id"),
 )
+_BIRTH = select(func.min(stores.c.created_at))
+_PING = select(1)
+
+
+class Window(TypedDict, total=False):
+    """Which of a thread's interactions are asked for; see `EventStore.interactions_with`."""
+
+    thread_id: Required[str]
+    since: datetime | None
+    until: datetime | None
+    limit: int
 
 
 class EventStore:
     """Interactions and memory of the agents that own this database; safe to use from any thread.
 
-    Each method has an async twin with `a` in front, which works in a thread and gives up after the
-    timeout. Opening brings the schema to this release.
+    Each method has an async twin with `a` in front, which works in a thread and stops waiting a
+    second after the timeout. Opening brings the schema to this release.
 
     Args:
         url: `sqlite:///FILE` or `postgresql://USER:PASSWORD@HOST/NAME`.
@@ -94,30 +104,32 @@ class EventStore:
         self, url: str, *, timeout_seconds: float = 5.0, synchronous: Synchronous = "NORMAL"
     ) -> None:
         self._timeout_seconds = timeout_seconds
-        self._fork = Forked()
         self._engine = connect(url, timeout_seconds=timeout_seconds, synchronous=synchronous)
-        self._reader = connect(
-            url, timeout_seconds=timeout_seconds, synchronous=synchronous, reading=True
-        )
-        dialect = sqlite if self._engine.dialect.name == "sqlite" else postgresql
-        self._insert = dialect.insert(interactions).on_conflict_do_nothing()
-        upsert = dialect.insert(memories)
-        self._upsert_memory = upsert.on_conflict_do_update(
-            index_elements=["agent_id", "counterpart_id"],
-            set_={"state": upsert.excluded.state, "updated_at": upsert.excluded.updated_at},
-        )
-        self._register = dialect.insert(stores)
         try:
-            migrate(self._engine)
-            self._note_birth()
+            upgrade(self._engine)
         except BaseException:
-            self.close()
+            self._engine.dispose()
             raise
+        self._opened = Opened(self._engine)
+        self._threads = ThreadPoolExecutor(POOL_SIZE, thread_name_prefix="peerctx-store")
+        insert = (sqlite if self._engine.dialect.name == "sqlite" else postgresql).insert
+        self._insert_many = insert(interactions).on_conflict_do_nothing()
+        self._insert = self._insert_many.returning(interactions.c.sequence)
+        memory = insert(memories)
+        self._remember = memory.on_conflict_do_update(
+            index_elements=["agent_id", "counterpart_id"],
+            set_={"state": memory.excluded.state, "updated_at": memory.excluded.updated_at},
+        )
 
     @property
     def name(self) -> str:
         """The database's address, without its password."""
         return name_of(self._engine)
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._opened.closed
 
     def append(self, agent_id: str, interaction: Interaction) -> Interaction:
         """Record one interaction; it is durable when this returns.
@@ -131,17 +143,20 @@ class EventStore:
 
         Raises:
             ProtocolError: If the agent is no party to it, or the payload is no plain JSON.
-            StoreBusyError: If the database did not answer in time; nothing was recorded.
+            StoreBusyError: If the database did not answer in time. A server that fell silent may
+                still have recorded it: append it again.
             StoreError: If the database failed.
         """
-        row = _row(agent_id, interaction)
-        self._fork.check()
-        with translated(self._engine), writing(self._engine) as connection:
-            connection.execute(self._insert, row)
-            found = connection.execute(
-                _BY_ID, {"agent_id": agent_id, "interaction_id": interaction.interaction_id}
-            ).one()
-        return _interaction(found)
+        row = row_of(agent_id, interaction)
+        key = {"agent_id": agent_id, "interaction_id": row["interaction_id"]}
+
+        def work(connection: Connection) -> Interaction:
+            sequence = connection.execute(self._insert, row).scalar_one_or_none()
+            if sequence is not None:
+                return stored(row, sequence)
+            return interactions_in([connection.execute(_BY_ID, key).one()])[0]
+
+        return self._work(work)
 
     def append_many(self, agent_id: str, items: Iterable[Interaction]) -> int:
         """Record interactions in one transaction, all or none; see `append`.
@@ -149,12 +164,12 @@ class EventStore:
         Returns:
             How many were new.
         """
-        rows = [_row(agent_id, interaction) for interaction in items]
-        if not rows:
-            return 0
-        self._fork.check()
-        with translated(self._engine), writing(self._engine) as connection:
-            return connection.execute(self._insert, rows).rowcount
+        rows = [row_of(agent_id, interaction) for interaction in items]
+
+        def work(connection: Connection) -> int:
+            return connection.execute(self._insert_many, rows).rowcount
+
+        return self._work(work, transaction=True) if rows else 0
 
     def interactions_with(
         self,
@@ -164,7 +179,7 @@ class EventStore:
         thread_id: str,
         since: datetime | None = None,
         until: datetime | None = None,
-        limit: int = 200,
+        limit: int = LIMIT,
     ) -> list[Interaction]:
         """Return what passed between two agents in a thread, newest first.
 
@@ -174,14 +189,15 @@ class EventStore:
             thread_id: The thread.
             since: Not earlier than this.
             until: Not later than this.
-            limit: At most so many.
+            limit: At most so many; at least 1.
 
         Raises:
+            ConfigurationError: If `limit` is less, or a moment has no time zone.
             StoreBusyError: If the database did not answer in time.
             StoreError: If it failed.
         """
         pair = {"agent_id": agent_id, "counterpart_id": counterpart_id}
-        return self._find(_WITH, pair | _window(thread_id, since, until, limit))
+        return self._find(_WITH, pair, **_window(thread_id, since, until, limit))
 
     def interactions_of(
         self,
@@ -190,13 +206,13 @@ class EventStore:
         thread_id: str,
         since: datetime | None = None,
         until: datetime | None = None,
-        limit: int = 200,
+        limit: int = LIMIT,
     ) -> list[Interaction]:
         """Return everything that an agent remembers of a thread, newest first.
 
         See `interactions_with`.
         """
-        return self._find(_OF, {"agent_id": agent_id} | _window(thread_id, since, until, limit))
+        return self._find(_OF, {"agent_id": agent_id}, **_window(thread_id, since, until, limit))
 
     def by_effect_key(self, agent_id: str, effect_key: str) -> list[Interaction]:
         """Return what an agent recorded under an effect's key, last recorded first."""
@@ -212,12 +228,10 @@ class EventStore:
         row = {
             "agent_id": check_id(agent_id, "agent_id"),
             "counterpart_id": check_id(counterpart_id, "counterpart_id"),
-            "state": to_json(plain_object(state, name="state")).decode(),
-            "updated_at": time.time_ns() // 1_000,
+            "state": json_text(state, name="state"),
+            "updated_at": now(),
         }
-        self._fork.check()
-        with translated(self._engine), writing(self._engine) as connection:
-            connection.execute(self._upsert_memory, row)
+        self._work(lambda connection: connection.execute(self._remember, row))
 
     def memory_of(self, agent_id: str, counterpart_id: str) -> Json:
         """Return what one agent remembers of another; empty if nothing.
@@ -225,13 +239,16 @@ class EventStore:
         Raises:
             StoreError: If the database failed.
         """
-        pair = {"agent_id": agent_id, "counterpart_id": counterpart_id}
-        rows = self._rows(_MEMORY, pair)
-        return from_json(rows[0][0]) if rows else {}
+        rows = self._rows(_MEMORY, {"agent_id": agent_id, "counterpart_id": counterpart_id})
+        return self._read(lambda: from_json(rows[0][0])) if rows else {}
 
     def created_at(self) -> datetime:
-        """Return when this store was made: of what was before, it cannot tell."""
-        return _moment(self._rows(select(func.min(stores.c.created_at)), {})[0][0])
+        """Return when this store was made: of what was before, it cannot tell.
+
+        Raises:
+            StoreError: If the database failed.
+        """
+        return moment_at(self._rows(_BIRTH, {})[0][0])
 
     def ping(self) -> None:
         """See that the database answers.
@@ -239,12 +256,12 @@ class EventStore:
         Raises:
             StoreError: If it does not.
         """
-        self._rows(select(1), {})
+        self._rows(_PING, {})
 
     def close(self) -> None:
-        """Close every connection. Safe to call twice."""
-        self._reader.dispose()
-        self._engine.dispose()
+        """Close every connection. Safe to call twice; what still works in a thread may finish."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._opened.close()
 
     def __enter__(self) -> Self:
         return self
@@ -258,18 +275,21 @@ class EventStore:
         self.close()
 
     async def in_thread(self, work: Callable[[], T]) -> T:
-        """Do blocking work in a thread, and stop waiting for it after the timeout.
+        """Do blocking work with this store in one of its threads, and wait for it with a deadline.
 
         Raises:
-            StoreBusyError: If it takes longer; the thread is left to end by itself.
+            StoreBusyError: If it takes a second longer than the timeout; its outcome is unknown.
+            StoreError: If the store was closed.
         """
+        self._opened.check()  # in a forked child there are no threads to do it
+        call = partial(copy_context().run, work)
         # A database waits out its own timeout first, and says better what it waited for.
         try:
             async with asyncio.timeout(self._timeout_seconds + 1):
-                return await anyio.to_thread.run_sync(work, abandon_on_cancel=True)
+                return await asyncio.get_running_loop().run_in_executor(self._threads, call)
         except TimeoutError:
             raise StoreBusyError(
-                f"{self.name} did not answer within {self._timeout_seconds:g} s"
+                f"{self.name} did not answer within {self._timeout_seconds + 1:g} s: try again"
             ) from None
 
     async def aappend(self, agent_id: str, interaction: Interaction) -> Interaction:
@@ -281,14 +301,13 @@ class EventStore:
         return await self.in_thread(partial(self.append_many, agent_id, list(items)))
 
     async def ainteractions_with(
-        self, agent_id: str, counterpart_id: str, **window: Any
+        self, agent_id: str, counterpart_id: str, **window: Unpack[Window]
     ) -> list[Interaction]:
         """See `interactions_with`."""
-        return await self.in_thread(
-            partial(self.interactions_with, agent_id, counterpart_id, **window)
-        )
+        work = partial(self.interactions_with, agent_id, counterpart_id, **window)
+        return await self.in_thread(work)
 
-    async def ainteractions_of(self, agent_id: str, **window: Any) -> list[Interaction]:
+    async def ainteractions_of(self, agent_id: str, **window: Unpack[Window]) -> list[Interaction]:
         """See `interactions_of`."""
         return await self.in_thread(partial(self.interactions_of, agent_id, **window))
 
@@ -304,37 +323,49 @@ class EventStore:
         """See `memory_of`."""
         return await self.in_thread(partial(self.memory_of, agent_id, counterpart_id))
 
+    async def acreated_at(self) -> datetime:
+        """See `created_at`."""
+        return await self.in_thread(self.created_at)
+
     async def aping(self) -> None:
         """See `ping`."""
         await self.in_thread(self.ping)
 
-    def _find(self, statement: Select[Any], parameters: dict[str, Any]) -> list[Interaction]:
-        return [_interaction(row) for row in self._rows(statement, parameters)]
+    def _find(
+        self, statement: Select[Any], ids: Mapping[str, str], **window: Any
+    ) -> list[Interaction]:
+        # What could not be stored is asked for as what was stored in its place.
+        rows = self._rows(statement, {name: plain_text(of) for name, of in ids.items()} | window)
+        return self._read(lambda: interactions_in(rows))
 
-    def _rows(self, statement: Select[Any], parameters: dict[str, Any]) -> list[Row[Any]]:
-        self._fork.check()
+    def _read(self, parse: Callable[[], T]) -> T:
+        try:
+            return parse()
+        except ValueError as error:
+            raise StoreError(f"{self.name} holds a row that is no JSON: restore it") from error
+
+    def _rows(self, statement: Select[Any], parameters: dict[str, Any]) -> Sequence[Row[Any]]:
+        return self._work(lambda connection: connection.execute(statement, parameters).all())
+
+    def _work(self, work: Callable[[Connection], T], *, transaction: bool = False) -> T:
+        """Do idempotent work, once more if the connection was lost under it."""
+        self._opened.check()
         with translated(self._engine):
             try:
-                return self._read(statement, parameters)
+                return self._attempt(work, transaction=transaction)
             except DBAPIError as error:
-                if not error.connection_invalidated:
+                if not error.connection_invalidated or is_busy(error):
                     raise
-                return self._read(statement, parameters)  # a pooled connection was terminated
+            return self._attempt(work, transaction=transaction)
 
-    def _read(self, statement: Select[Any], parameters: dict[str, Any]) -> list[Row[Any]]:
-        with self._reader.connect() as connection:
-            return list(connection.execute(statement, parameters))
-
-    def _note_birth(self) -> None:
-        if self._rows(select(stores.c.store_id).limit(1), {}):
-            return
-        row = {"store_id": new_id(), "created_at": time.time_ns() // 1_000}
-        with translated(self._engine), writing(self._engine) as connection:
-            connection.execute(self._register, row)
+    def _attempt(self, work: Callable[[Connection], T], *, transaction: bool) -> T:
+        with writing(self._engine) if transaction else self._engine.connect() as connection:
+            return work(connection)
 
 
 _SHARED: dict[tuple[int, str], EventStore] = {}
-_SHARING = threading.Lock()
+"""By process too: a forked child keeps its parent's stores as they are, and opens its own."""
+_sharing = threading.Lock()
 
 
 def get_event_store(url: str | None = None) -> EventStore:
@@ -351,10 +382,42 @@ def get_event_store(url: str | None = None) -> EventStore:
     """
     settings = PeerContextSettings()
     key = os.getpid(), url or settings.database_url
-    with _SHARING:
-        if key not in _SHARED:
-            _SHARED[key] = EventStore(key[1], timeout_seconds=settings.database_timeout_seconds)
-        return _SHARED[key]
+    with _sharing:
+        store = _SHARED.get(key)
+        if store is None or store.closed:
+            store = EventStore(key[1], timeout_seconds=settings.database_timeout_seconds)
+            _SHARED[key] = store
+        return store
+
+
+def _unlock_in_a_forked_child() -> None:
+    global _sharing  # noqa: PLW0603 - a thread that the child does not have may hold it
+    _sharing = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_unlock_in_a_forked_child)
+
+
+@atexit.register
+def _close_shared() -> None:
+    for store in _SHARED.values():
+        store.close()
+
+
+class InteractionFields(TypedDict):
+    """What `record_interaction` takes."""
+
+    agent_id: str
+    from_agent: str
+    to_agent: str
+    thread_id: str
+    kind: str
+    payload: NotRequired[Mapping[str, Any] | None]
+    interaction_id: NotRequired[str | None]
+    occurred_at: NotRequired[datetime | None]
+    effect_key: NotRequired[str | None]
+    run_id: NotRequired[str | None]
+    checkpoint_id: NotRequired[str | None]
 
 
 def record_interaction(
@@ -394,7 +457,7 @@ def record_interaction(
 
     Raises:
         ProtocolError: If a value is illegal; it names it.
-        StoreError: If the database failed; nothing was recorded.
+        StoreError: If the database failed; see `EventStore.append`.
     """
     try:
         interaction = Interaction(
@@ -416,66 +479,25 @@ def record_interaction(
     return (store or get_event_store()).append(agent_id, interaction)
 
 
-async def arecord_interaction(*, store: EventStore | None = None, **fields: Any) -> Interaction:
-    """Record what passed between two agents, without blocking the loop; see the sync twin."""
-    where = await anyio.to_thread.run_sync(get_event_store) if store is None else store
+async def arecord_interaction(
+    *, store: EventStore | None = None, **fields: Unpack[InteractionFields]
+) -> Interaction:
+    """Record what passed between two agents, without blocking the loop.
+
+    See `record_interaction`.
+    """
+    where = await asyncio.to_thread(get_event_store) if store is None else store
     return await where.in_thread(partial(record_interaction, store=where, **fields))
-
-
-def _row(agent_id: str, interaction: Interaction) -> dict[str, Any]:
-    """Return the row of an interaction, made such that both databases keep the same."""
-    check_id(agent_id, "agent_id")
-    parties = (interaction.from_agent, interaction.to_agent)
-    if agent_id not in parties:
-        raise ProtocolError(
-            "field",
-            f"{agent_id} is no party to the interaction from {parties[0]} to {parties[1]}: "
-            "an agent records what it took part in",
-        )
-    counterpart_id = parties[1] if parties[0] == agent_id else parties[0]
-    return {
-        "agent_id": agent_id,
-        "interaction_id": plain_text(interaction.interaction_id),
-        "counterpart_id": counterpart_id,
-        "thread_id": plain_text(interaction.thread_id),
-        "from_agent": interaction.from_agent,
-        "to_agent": interaction.to_agent,
-        "kind": interaction.kind,
-        "payload": to_json(plain_object(interaction.payload)).decode(),
-        "occurred_at": _microseconds(interaction.occurred_at),
-        "recorded_at": time.time_ns() // 1_000,
-        "effect_key": _text_or_none(interaction.effect_key),
-        "run_id": _text_or_none(interaction.run_id),
-        "checkpoint_id": _text_or_none(interaction.checkpoint_id),
-    }
-
-
-def _text_or_none(text: str | None) -> str | None:
-    return None if text is None else plain_text(text)
-
-
-def _interaction(row: Row[Any]) -> Interaction:
-    """Return the interaction in a row, without validating again what was when it came in."""
-    fields = dict(zip(_FIELDS, row, strict=True))
-    fields["payload"] = from_json(fields["payload"])
-    fields["occurred_at"] = _moment(fields["occurred_at"])
-    return Interaction.model_construct(_KEPT, **fields)
 
 
 def _window(
     thread_id: str, since: datetime | None, until: datetime | None, limit: int
 ) -> dict[str, Any]:
+    if limit < 1:
+        raise ConfigurationError(f"limit={limit}: ask for at least 1")
     return {
-        "thread_id": thread_id,
-        "since": _EVER[0] if since is None else _microseconds(since),
-        "until": _EVER[1] if until is None else _microseconds(until),
-        "limit": limit,
+        "thread_id": plain_text(thread_id),
+        "since": EARLIEST if since is None else microseconds(since),
+        "until": LATEST if until is None else microseconds(until),
+        "limit": min(limit, LATEST),
     }
-
-
-def _microseconds(moment: datetime) -> int:
-    return (moment - _EPOCH) // timedelta(microseconds=1)
-
-
-def _moment(microseconds: int) -> datetime:
-    return _EPOCH + timedelta(microseconds=microseconds)

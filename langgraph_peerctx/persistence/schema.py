@@ -1,9 +1,12 @@
 """Every table, for SQLite and PostgreSQL alike.
 
-Moments are integers, microseconds since 1970 UTC: both databases keep them exactly and order them
-fast. JSON is text: both return what was written. The event store and the control database have one
+Names begin with `peerctx_`, since a team's database may have runs and stores of its own. Moments
+are integers, microseconds since 1970 UTC: both databases keep them exactly and order them fast.
+JSON is text: both return what was written. The event store and the control database have one
 schema and one migration history, so that either address may name either, or both the same.
 """
+
+from typing import Any
 
 from sqlalchemy import (
     BigInteger,
@@ -17,25 +20,31 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
-    desc,
+    text,
 )
 
 metadata = MetaData(
     naming_convention={
-        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
         "uq": "uq_%(table_name)s_%(column_0_N_name)s",
         "ck": "ck_%(table_name)s_%(constraint_name)s",
         "pk": "pk_%(table_name)s",
     }
 )
 
-RowNumber = BigInteger().with_variant(Integer, "sqlite")
+_ROW_NUMBER = BigInteger().with_variant(Integer, "sqlite")
 """SQLite numbers rows by itself only where the key is an INTEGER."""
+
+_NEWEST_FIRST = (text("occurred_at DESC"), text("sequence DESC"))
+
+
+def _where(condition: str) -> dict[str, Any]:
+    return {"sqlite_where": text(condition), "postgresql_where": text(condition)}
+
 
 # The event store: each agent's own memory.
 
 stores = Table(
-    "stores",
+    "peerctx_stores",
     metadata,
     Column("store_id", Text, primary_key=True),
     Column("created_at", BigInteger, nullable=False),
@@ -43,9 +52,9 @@ stores = Table(
 )
 
 interactions = Table(
-    "interactions",
+    "peerctx_interactions",
     metadata,
-    Column("sequence", RowNumber, primary_key=True, autoincrement=True),
+    Column("sequence", _ROW_NUMBER, primary_key=True, autoincrement=True),
     Column("agent_id", Text, nullable=False),
     Column("interaction_id", Text, nullable=False),
     Column("counterpart_id", Text, nullable=False),
@@ -60,33 +69,21 @@ interactions = Table(
     Column("run_id", Text),
     Column("checkpoint_id", Text),
     UniqueConstraint("agent_id", "interaction_id"),
+    Index(
+        "ix_peerctx_interactions_pair", "agent_id", "counterpart_id", "thread_id", *_NEWEST_FIRST
+    ),
+    Index("ix_peerctx_interactions_thread", "agent_id", "thread_id", *_NEWEST_FIRST),
+    Index(
+        "ix_peerctx_interactions_effect",
+        "agent_id",
+        "effect_key",
+        **_where("effect_key IS NOT NULL"),
+    ),
     comment="What passed between two agents, as agent_id remembers it.",
-)
-Index(
-    "ix_interactions_pair",
-    interactions.c.agent_id,
-    interactions.c.counterpart_id,
-    interactions.c.thread_id,
-    desc(interactions.c.occurred_at),
-    desc(interactions.c.sequence),
-)
-Index(
-    "ix_interactions_thread",
-    interactions.c.agent_id,
-    interactions.c.thread_id,
-    desc(interactions.c.occurred_at),
-    desc(interactions.c.sequence),
-)
-Index(
-    "ix_interactions_effect",
-    interactions.c.agent_id,
-    interactions.c.effect_key,
-    sqlite_where=interactions.c.effect_key.is_not(None),
-    postgresql_where=interactions.c.effect_key.is_not(None),
 )
 
 memories = Table(
-    "memories",
+    "peerctx_memories",
     metadata,
     Column("agent_id", Text, nullable=False),
     Column("counterpart_id", Text, nullable=False),
@@ -97,7 +94,7 @@ memories = Table(
 )
 
 receipts = Table(
-    "receipts",
+    "peerctx_receipts",
     metadata,
     Column("agent_id", Text, nullable=False),
     Column("effect_key", Text, nullable=False),
@@ -114,7 +111,7 @@ receipts = Table(
 )
 
 barred_keys = Table(
-    "barred_keys",
+    "peerctx_barred_keys",
     metadata,
     Column("agent_id", Text, nullable=False),
     Column("sender_id", Text, nullable=False),
@@ -128,7 +125,7 @@ barred_keys = Table(
 # The control database: shared with the recoverers.
 
 leases = Table(
-    "leases",
+    "peerctx_leases",
     metadata,
     Column("agent_id", Text, nullable=False),
     Column("thread_id", Text, nullable=False),
@@ -139,13 +136,13 @@ leases = Table(
     Column("acquired_at", BigInteger, nullable=False),
     Column("expires_at", BigInteger, nullable=False),
     PrimaryKeyConstraint("agent_id", "thread_id"),
-    Index("ix_leases_owner_incarnation", "owner_incarnation"),
-    Index("ix_leases_expires_at", "expires_at"),
+    Index("ix_peerctx_leases_owner_incarnation", "owner_incarnation"),
+    Index("ix_peerctx_leases_expires_at", "expires_at"),
     comment="Who may write a thread: one row a thread, its epoch rises with each owner.",
 )
 
 runs = Table(
-    "runs",
+    "peerctx_runs",
     metadata,
     Column("run_id", Text, primary_key=True),
     Column("agent_id", Text, nullable=False),
@@ -153,9 +150,11 @@ runs = Table(
     Column("workflow", Text),
     Column("owner_incarnation", Text),
     Column("epoch", BigInteger, nullable=False),
+    # LangGraph's serializer returns a type and bytes.
     Column("input_type", Text),
     Column("input", LargeBinary),
-    Column("config", Text),
+    Column("config_type", Text),
+    Column("config", LargeBinary),
     Column("context_type", Text),
     Column("context", LargeBinary),
     Column("durability", Text),
@@ -168,13 +167,14 @@ runs = Table(
         "end_kind IN ('returned', 'raised', 'cancelled', 'handed_over')", name="end_kind"
     ),
     CheckConstraint("durability IN ('sync', 'async', 'exit')", name="durability"),
-    Index("ix_runs_agent_id_thread_id_admitted_at", "agent_id", "thread_id", "admitted_at"),
-    Index("ix_runs_owner_incarnation", "owner_incarnation"),
+    Index("ix_peerctx_runs_thread", "agent_id", "thread_id", "admitted_at"),
+    Index("ix_peerctx_runs_owner_incarnation", "owner_incarnation"),
+    Index("ix_peerctx_runs_open", "admitted_at", **_where("ended_at IS NULL")),
     comment="Every admitted input and how its run ended; a run without an end has crashed.",
 )
 
 effects = Table(
-    "effects",
+    "peerctx_effects",
     metadata,
     Column("agent_id", Text, nullable=False),
     Column("thread_id", Text, nullable=False),
@@ -196,7 +196,7 @@ effects = Table(
 )
 
 incidents = Table(
-    "incidents",
+    "peerctx_incidents",
     metadata,
     Column("incident_id", Text, primary_key=True),
     Column("agent_id", Text, nullable=False),
@@ -214,11 +214,13 @@ incidents = Table(
     Column("opened_at", BigInteger, nullable=False),
     Column("updated_at", BigInteger, nullable=False),
     Column("next_attempt_at", BigInteger),
-    UniqueConstraint("agent_id", "thread_id", "dead_incarnation"),
+    UniqueConstraint(
+        "agent_id", "thread_id", "dead_incarnation", name="uq_peerctx_incidents_death"
+    ),
     CheckConstraint(
         "status IN ('open', 'recovering', 'waiting_for_human', 'recovered', 'dead_letter')",
         name="status",
     ),
-    Index("ix_incidents_status_next_attempt_at", "status", "next_attempt_at"),
+    Index("ix_peerctx_incidents_due", "status", "next_attempt_at"),
     comment="One row a failure: attempts, dead letter, question to a human, result, report.",
 )

@@ -1,4 +1,8 @@
-"""The first schema: event store and control database."""
+"""The first schema: event store and control database. `schema.py` says what each table is for."""
+
+import time
+import uuid
+from typing import Any
 
 import sqlalchemy as sa
 from alembic import op
@@ -8,243 +12,267 @@ down_revision = None
 branch_labels = None
 depends_on = None
 
+_ROW_NUMBER = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+
 
 def upgrade() -> None:
-    """Make every table."""
-    op.create_table(
-        "barred_keys",
-        sa.Column("agent_id", sa.Text(), nullable=False),
-        sa.Column("sender_id", sa.Text(), nullable=False),
-        sa.Column("effect_key", sa.Text(), nullable=False),
-        sa.Column("below_epoch", sa.BigInteger(), nullable=False),
-        sa.Column("barred_at", sa.BigInteger(), nullable=False),
-        sa.PrimaryKeyConstraint("agent_id", "sender_id", "effect_key", name=op.f("pk_barred_keys")),
-        comment="Effects that agent_id has promised to refuse from epochs below this one.",
-    )
-    op.create_table(
-        "effects",
-        sa.Column("agent_id", sa.Text(), nullable=False),
-        sa.Column("thread_id", sa.Text(), nullable=False),
-        sa.Column("run_id", sa.Text(), nullable=False),
-        sa.Column("position", sa.Text(), nullable=False),
-        sa.Column("effect_key", sa.Text(), nullable=False),
-        sa.Column("peer_id", sa.Text(), nullable=True),
-        sa.Column("scope", sa.Text(), nullable=False),
-        sa.Column("status", sa.Text(), nullable=False),
-        sa.Column("epoch", sa.BigInteger(), nullable=False),
-        sa.Column("attempt", sa.Integer(), nullable=False),
-        sa.Column("intent_at", sa.BigInteger(), nullable=False),
-        sa.Column("outcome", sa.Text(), nullable=True),
-        sa.Column("done_at", sa.BigInteger(), nullable=True),
-        sa.CheckConstraint("scope IN ('run', 'thread')", name=op.f("ck_effects_scope")),
-        sa.CheckConstraint(
-            "status IN ('intent', 'done', 'not_done')", name=op.f("ck_effects_status")
-        ),
-        sa.PrimaryKeyConstraint(
-            "agent_id", "thread_id", "run_id", "position", "effect_key", name=op.f("pk_effects")
-        ),
-        comment="Side effects: meant, and what came of them. An intent alone is in doubt.",
-    )
-    op.create_table(
-        "incidents",
-        sa.Column("incident_id", sa.Text(), nullable=False),
-        sa.Column("agent_id", sa.Text(), nullable=False),
-        sa.Column("thread_id", sa.Text(), nullable=False),
-        sa.Column("dead_incarnation", sa.Text(), nullable=False),
-        sa.Column("run_id", sa.Text(), nullable=True),
-        sa.Column("status", sa.Text(), nullable=False),
-        sa.Column("attempts", sa.Integer(), nullable=False),
-        sa.Column("epoch", sa.BigInteger(), nullable=False),
-        sa.Column("recoverer_id", sa.Text(), nullable=True),
-        sa.Column("question", sa.Text(), nullable=True),
-        sa.Column("answer", sa.Text(), nullable=True),
-        sa.Column("result", sa.Text(), nullable=True),
-        sa.Column("report", sa.Text(), nullable=True),
-        sa.Column("opened_at", sa.BigInteger(), nullable=False),
-        sa.Column("updated_at", sa.BigInteger(), nullable=False),
-        sa.Column("next_attempt_at", sa.BigInteger(), nullable=True),
-        sa.CheckConstraint(
-            "status IN ('open', 'recovering', 'waiting_for_human', 'recovered', 'dead_letter')",
-            name=op.f("ck_incidents_status"),
-        ),
-        sa.PrimaryKeyConstraint("incident_id", name=op.f("pk_incidents")),
-        sa.UniqueConstraint(
-            "agent_id",
-            "thread_id",
-            "dead_incarnation",
-            name=op.f("uq_incidents_agent_id_thread_id_dead_incarnation"),
-        ),
-        comment="One row a failure: attempts, dead letter, question to a human, result, report.",
-    )
-    op.create_index(
-        "ix_incidents_status_next_attempt_at",
-        "incidents",
-        ["status", "next_attempt_at"],
-        unique=False,
-    )
-    op.create_table(
-        "interactions",
-        sa.Column(
-            "sequence",
-            sa.BigInteger().with_variant(sa.Integer(), "sqlite"),
-            autoincrement=True,
-            nullable=False,
-        ),
-        sa.Column("agent_id", sa.Text(), nullable=False),
-        sa.Column("interaction_id", sa.Text(), nullable=False),
-        sa.Column("counterpart_id", sa.Text(), nullable=False),
-        sa.Column("thread_id", sa.Text(), nullable=False),
-        sa.Column("from_agent", sa.Text(), nullable=False),
-        sa.Column("to_agent", sa.Text(), nullable=False),
-        sa.Column("kind", sa.Text(), nullable=False),
-        sa.Column("payload", sa.Text(), nullable=False),
-        sa.Column("occurred_at", sa.BigInteger(), nullable=False),
-        sa.Column("recorded_at", sa.BigInteger(), nullable=False),
-        sa.Column("effect_key", sa.Text(), nullable=True),
-        sa.Column("run_id", sa.Text(), nullable=True),
-        sa.Column("checkpoint_id", sa.Text(), nullable=True),
-        sa.PrimaryKeyConstraint("sequence", name=op.f("pk_interactions")),
-        sa.UniqueConstraint(
-            "agent_id", "interaction_id", name=op.f("uq_interactions_agent_id_interaction_id")
-        ),
-        comment="What passed between two agents, as agent_id remembers it.",
-    )
-    op.create_index(
-        "ix_interactions_effect",
-        "interactions",
-        ["agent_id", "effect_key"],
-        unique=False,
-        sqlite_where=sa.text("effect_key IS NOT NULL"),
-        postgresql_where=sa.text("effect_key IS NOT NULL"),
-    )
-    op.create_index(
-        "ix_interactions_pair",
-        "interactions",
-        [
-            "agent_id",
-            "counterpart_id",
-            "thread_id",
-            sa.literal_column("occurred_at DESC"),
-            sa.literal_column("sequence DESC"),
-        ],
-        unique=False,
-    )
-    op.create_index(
-        "ix_interactions_thread",
-        "interactions",
-        [
-            "agent_id",
-            "thread_id",
-            sa.literal_column("occurred_at DESC"),
-            sa.literal_column("sequence DESC"),
-        ],
-        unique=False,
-    )
-    op.create_table(
-        "leases",
-        sa.Column("agent_id", sa.Text(), nullable=False),
-        sa.Column("thread_id", sa.Text(), nullable=False),
-        sa.Column("run_id", sa.Text(), nullable=True),
-        sa.Column("epoch", sa.BigInteger(), nullable=False),
-        sa.Column("owner_id", sa.Text(), nullable=True),
-        sa.Column("owner_incarnation", sa.Text(), nullable=True),
-        sa.Column("acquired_at", sa.BigInteger(), nullable=False),
-        sa.Column("expires_at", sa.BigInteger(), nullable=False),
-        sa.PrimaryKeyConstraint("agent_id", "thread_id", name=op.f("pk_leases")),
-        comment="Who may write a thread: one row a thread, its epoch rises with each owner.",
-    )
-    op.create_index("ix_leases_expires_at", "leases", ["expires_at"], unique=False)
-    op.create_index("ix_leases_owner_incarnation", "leases", ["owner_incarnation"], unique=False)
-    op.create_table(
-        "memories",
-        sa.Column("agent_id", sa.Text(), nullable=False),
-        sa.Column("counterpart_id", sa.Text(), nullable=False),
-        sa.Column("state", sa.Text(), nullable=False),
-        sa.Column("updated_at", sa.BigInteger(), nullable=False),
-        sa.PrimaryKeyConstraint("agent_id", "counterpart_id", name=op.f("pk_memories")),
-        comment="What an agent chose to remember of another, beside the interactions.",
-    )
-    op.create_table(
-        "receipts",
-        sa.Column("agent_id", sa.Text(), nullable=False),
-        sa.Column("effect_key", sa.Text(), nullable=False),
-        sa.Column("sender_id", sa.Text(), nullable=False),
-        sa.Column("run_id", sa.Text(), nullable=True),
-        sa.Column("epoch", sa.BigInteger(), nullable=False),
-        sa.Column("status", sa.Text(), nullable=False),
-        sa.Column("reply", sa.Text(), nullable=True),
-        sa.Column("received_at", sa.BigInteger(), nullable=False),
-        sa.Column("done_at", sa.BigInteger(), nullable=True),
-        sa.CheckConstraint("status IN ('open', 'done')", name=op.f("ck_receipts_status")),
-        sa.PrimaryKeyConstraint("agent_id", "sender_id", "effect_key", name=op.f("pk_receipts")),
-        comment="An effect that arrived at agent_id, recorded before it acts.",
-    )
-    op.create_table(
-        "runs",
-        sa.Column("run_id", sa.Text(), nullable=False),
-        sa.Column("agent_id", sa.Text(), nullable=False),
-        sa.Column("thread_id", sa.Text(), nullable=False),
-        sa.Column("workflow", sa.Text(), nullable=True),
-        sa.Column("owner_incarnation", sa.Text(), nullable=True),
-        sa.Column("epoch", sa.BigInteger(), nullable=False),
-        sa.Column("input_type", sa.Text(), nullable=True),
-        sa.Column("input", sa.LargeBinary(), nullable=True),
-        sa.Column("config", sa.Text(), nullable=True),
-        sa.Column("context_type", sa.Text(), nullable=True),
-        sa.Column("context", sa.LargeBinary(), nullable=True),
-        sa.Column("durability", sa.Text(), nullable=True),
-        sa.Column("traceparent", sa.Text(), nullable=True),
-        sa.Column("admitted_at", sa.BigInteger(), nullable=False),
-        sa.Column("ended_at", sa.BigInteger(), nullable=True),
-        sa.Column("end_kind", sa.Text(), nullable=True),
-        sa.Column("error", sa.Text(), nullable=True),
-        sa.CheckConstraint(
-            "durability IN ('sync', 'async', 'exit')", name=op.f("ck_runs_durability")
-        ),
-        sa.CheckConstraint(
-            "end_kind IN ('returned', 'raised', 'cancelled', 'handed_over')",
-            name=op.f("ck_runs_end_kind"),
-        ),
-        sa.PrimaryKeyConstraint("run_id", name=op.f("pk_runs")),
-        comment="Every admitted input and how its run ended; a run without an end has crashed.",
-    )
-    op.create_index(
-        "ix_runs_agent_id_thread_id_admitted_at",
-        "runs",
-        ["agent_id", "thread_id", "admitted_at"],
-        unique=False,
-    )
-    op.create_index("ix_runs_owner_incarnation", "runs", ["owner_incarnation"], unique=False)
-    op.create_table(
-        "stores",
-        sa.Column("store_id", sa.Text(), nullable=False),
-        sa.Column("created_at", sa.BigInteger(), nullable=False),
-        sa.PrimaryKeyConstraint("store_id", name=op.f("pk_stores")),
-        comment="When this store was made: it knows nothing of what was before.",
-    )
+    """Make every table, and note when."""
+    _stores()
+    _interactions()
+    _memories()
+    _receipts()
+    _barred_keys()
+    _leases()
+    _runs()
+    _effects()
+    _incidents()
 
 
 def downgrade() -> None:
-    """Drop every table."""
-    op.drop_table("stores")
-    op.drop_index("ix_runs_owner_incarnation", table_name="runs")
-    op.drop_index("ix_runs_agent_id_thread_id_admitted_at", table_name="runs")
-    op.drop_table("runs")
-    op.drop_table("receipts")
-    op.drop_table("memories")
-    op.drop_index("ix_leases_owner_incarnation", table_name="leases")
-    op.drop_index("ix_leases_expires_at", table_name="leases")
-    op.drop_table("leases")
-    op.drop_index("ix_interactions_thread", table_name="interactions")
-    op.drop_index("ix_interactions_pair", table_name="interactions")
-    op.drop_index(
-        "ix_interactions_effect",
-        table_name="interactions",
-        sqlite_where=sa.text("effect_key IS NOT NULL"),
-        postgresql_where=sa.text("effect_key IS NOT NULL"),
+    """Drop every table; its indexes go with it."""
+    for name in (
+        "incidents",
+        "effects",
+        "runs",
+        "leases",
+        "barred_keys",
+        "receipts",
+        "memories",
+        "interactions",
+        "stores",
+    ):
+        op.drop_table(f"peerctx_{name}")
+
+
+def _stores() -> None:
+    table = op.create_table(
+        "peerctx_stores",
+        _text("store_id"),
+        _number("created_at"),
+        sa.PrimaryKeyConstraint("store_id", name="pk_peerctx_stores"),
+        comment="When this store was made: it knows nothing of what was before.",
     )
-    op.drop_table("interactions")
-    op.drop_index("ix_incidents_status_next_attempt_at", table_name="incidents")
-    op.drop_table("incidents")
-    op.drop_table("effects")
-    op.drop_table("barred_keys")
+    born = {"store_id": uuid.uuid4().hex, "created_at": time.time_ns() // 1_000}
+    op.bulk_insert(table, [born])
+
+
+def _interactions() -> None:
+    op.create_table(
+        "peerctx_interactions",
+        sa.Column("sequence", _ROW_NUMBER, autoincrement=True, nullable=False),
+        _text("agent_id"),
+        _text("interaction_id"),
+        _text("counterpart_id"),
+        _text("thread_id"),
+        _text("from_agent"),
+        _text("to_agent"),
+        _text("kind"),
+        _text("payload"),
+        _number("occurred_at"),
+        _number("recorded_at"),
+        _text("effect_key", nullable=True),
+        _text("run_id", nullable=True),
+        _text("checkpoint_id", nullable=True),
+        sa.PrimaryKeyConstraint("sequence", name="pk_peerctx_interactions"),
+        sa.UniqueConstraint(
+            "agent_id", "interaction_id", name="uq_peerctx_interactions_agent_id_interaction_id"
+        ),
+        comment="What passed between two agents, as agent_id remembers it.",
+    )
+    newest_first = [sa.text("occurred_at DESC"), sa.text("sequence DESC")]
+    op.create_index(
+        "ix_peerctx_interactions_pair",
+        "peerctx_interactions",
+        ["agent_id", "counterpart_id", "thread_id", *newest_first],
+    )
+    op.create_index(
+        "ix_peerctx_interactions_thread",
+        "peerctx_interactions",
+        ["agent_id", "thread_id", *newest_first],
+    )
+    op.create_index(
+        "ix_peerctx_interactions_effect",
+        "peerctx_interactions",
+        ["agent_id", "effect_key"],
+        **_where("effect_key IS NOT NULL"),
+    )
+
+
+def _memories() -> None:
+    op.create_table(
+        "peerctx_memories",
+        _text("agent_id"),
+        _text("counterpart_id"),
+        _text("state"),
+        _number("updated_at"),
+        sa.PrimaryKeyConstraint("agent_id", "counterpart_id", name="pk_peerctx_memories"),
+        comment="What an agent chose to remember of another, beside the interactions.",
+    )
+
+
+def _receipts() -> None:
+    op.create_table(
+        "peerctx_receipts",
+        _text("agent_id"),
+        _text("effect_key"),
+        _text("sender_id"),
+        _text("run_id", nullable=True),
+        _number("epoch"),
+        _text("status"),
+        _text("reply", nullable=True),
+        _number("received_at"),
+        _number("done_at", nullable=True),
+        sa.PrimaryKeyConstraint("agent_id", "sender_id", "effect_key", name="pk_peerctx_receipts"),
+        sa.CheckConstraint("status IN ('open', 'done')", name="ck_peerctx_receipts_status"),
+        comment="An effect that arrived at agent_id, recorded before it acts.",
+    )
+
+
+def _barred_keys() -> None:
+    op.create_table(
+        "peerctx_barred_keys",
+        _text("agent_id"),
+        _text("sender_id"),
+        _text("effect_key"),
+        _number("below_epoch"),
+        _number("barred_at"),
+        sa.PrimaryKeyConstraint(
+            "agent_id", "sender_id", "effect_key", name="pk_peerctx_barred_keys"
+        ),
+        comment="Effects that agent_id has promised to refuse from epochs below this one.",
+    )
+
+
+def _leases() -> None:
+    op.create_table(
+        "peerctx_leases",
+        _text("agent_id"),
+        _text("thread_id"),
+        _text("run_id", nullable=True),
+        _number("epoch"),
+        _text("owner_id", nullable=True),
+        _text("owner_incarnation", nullable=True),
+        _number("acquired_at"),
+        _number("expires_at"),
+        sa.PrimaryKeyConstraint("agent_id", "thread_id", name="pk_peerctx_leases"),
+        comment="Who may write a thread: one row a thread, its epoch rises with each owner.",
+    )
+    op.create_index("ix_peerctx_leases_owner_incarnation", "peerctx_leases", ["owner_incarnation"])
+    op.create_index("ix_peerctx_leases_expires_at", "peerctx_leases", ["expires_at"])
+
+
+def _runs() -> None:
+    op.create_table(
+        "peerctx_runs",
+        _text("run_id"),
+        _text("agent_id"),
+        _text("thread_id"),
+        _text("workflow", nullable=True),
+        _text("owner_incarnation", nullable=True),
+        _number("epoch"),
+        _text("input_type", nullable=True),
+        _bytes("input"),
+        _text("config_type", nullable=True),
+        _bytes("config"),
+        _text("context_type", nullable=True),
+        _bytes("context"),
+        _text("durability", nullable=True),
+        _text("traceparent", nullable=True),
+        _number("admitted_at"),
+        _number("ended_at", nullable=True),
+        _text("end_kind", nullable=True),
+        _text("error", nullable=True),
+        sa.PrimaryKeyConstraint("run_id", name="pk_peerctx_runs"),
+        sa.CheckConstraint(
+            "end_kind IN ('returned', 'raised', 'cancelled', 'handed_over')",
+            name="ck_peerctx_runs_end_kind",
+        ),
+        sa.CheckConstraint(
+            "durability IN ('sync', 'async', 'exit')", name="ck_peerctx_runs_durability"
+        ),
+        comment="Every admitted input and how its run ended; a run without an end has crashed.",
+    )
+    op.create_index(
+        "ix_peerctx_runs_thread", "peerctx_runs", ["agent_id", "thread_id", "admitted_at"]
+    )
+    op.create_index("ix_peerctx_runs_owner_incarnation", "peerctx_runs", ["owner_incarnation"])
+    op.create_index(
+        "ix_peerctx_runs_open", "peerctx_runs", ["admitted_at"], **_where("ended_at IS NULL")
+    )
+
+
+def _effects() -> None:
+    op.create_table(
+        "peerctx_effects",
+        _text("agent_id"),
+        _text("thread_id"),
+        _text("run_id"),
+        _text("position"),
+        _text("effect_key"),
+        _text("peer_id", nullable=True),
+        _text("scope"),
+        _text("status"),
+        _number("epoch"),
+        sa.Column("attempt", sa.Integer(), nullable=False),
+        _number("intent_at"),
+        _text("outcome", nullable=True),
+        _number("done_at", nullable=True),
+        sa.PrimaryKeyConstraint(
+            "agent_id", "thread_id", "run_id", "position", "effect_key", name="pk_peerctx_effects"
+        ),
+        sa.CheckConstraint("scope IN ('run', 'thread')", name="ck_peerctx_effects_scope"),
+        sa.CheckConstraint(
+            "status IN ('intent', 'done', 'not_done')", name="ck_peerctx_effects_status"
+        ),
+        comment="Side effects: meant, and what came of them. An intent alone is in doubt.",
+    )
+
+
+def _incidents() -> None:
+    op.create_table(
+        "peerctx_incidents",
+        _text("incident_id"),
+        _text("agent_id"),
+        _text("thread_id"),
+        _text("dead_incarnation"),
+        _text("run_id", nullable=True),
+        _text("status"),
+        sa.Column("attempts", sa.Integer(), nullable=False),
+        _number("epoch"),
+        _text("recoverer_id", nullable=True),
+        _text("question", nullable=True),
+        _text("answer", nullable=True),
+        _text("result", nullable=True),
+        _text("report", nullable=True),
+        _number("opened_at"),
+        _number("updated_at"),
+        _number("next_attempt_at", nullable=True),
+        sa.PrimaryKeyConstraint("incident_id", name="pk_peerctx_incidents"),
+        sa.UniqueConstraint(
+            "agent_id", "thread_id", "dead_incarnation", name="uq_peerctx_incidents_death"
+        ),
+        sa.CheckConstraint(
+            "status IN ('open', 'recovering', 'waiting_for_human', 'recovered', 'dead_letter')",
+            name="ck_peerctx_incidents_status",
+        ),
+        comment="One row a failure: attempts, dead letter, question to a human, result, report.",
+    )
+    op.create_index("ix_peerctx_incidents_due", "peerctx_incidents", ["status", "next_attempt_at"])
+
+
+def _text(name: str, *, nullable: bool = False) -> sa.Column[str]:
+    return sa.Column(name, sa.Text(), nullable=nullable)
+
+
+def _number(name: str, *, nullable: bool = False) -> sa.Column[int]:
+    """Return a column for a moment or an epoch."""
+    return sa.Column(name, sa.BigInteger(), nullable=nullable)
+
+
+def _bytes(name: str) -> sa.Column[bytes]:
+    return sa.Column(name, sa.LargeBinary(), nullable=True)
+
+
+def _where(condition: str) -> dict[str, Any]:
+    """Return what makes an index a partial one."""
+    return {"sqlite_where": sa.text(condition), "postgresql_where": sa.text(condition)}

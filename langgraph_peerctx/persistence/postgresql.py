@@ -1,0 +1,71 @@
+"""What we ask of psycopg beyond its defaults: the only module that imports it."""
+
+import time
+from collections.abc import Callable, Generator
+from typing import Any, Self, TypeVar
+
+import psycopg
+from psycopg.errors import QueryCanceled
+
+T = TypeVar("T")
+
+_LEAST_CONNECT_SECONDS = 2
+"""What libpq makes of anything shorter."""
+
+
+class DeadlineConnection(psycopg.Connection[Any]):
+    """A connection that gives up on a server which is there and says nothing.
+
+    `statement_timeout` is kept by the server: a frozen one keeps nothing, and TCP still
+    acknowledges for it.
+    """
+
+    patience_seconds = 5.0
+
+    def wait(self, gen: Generator[Any, Any, T], *args: Any, **options: Any) -> T:
+        """Wait for the server, and close the connection if it says nothing in time."""
+        return super().wait(self._until_deadline(gen), *args, **options)
+
+    def _until_deadline(self, gen: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
+        deadline = time.monotonic() + self.patience_seconds
+        try:
+            state = next(gen)
+            while True:
+                # psycopg comes by every 0.1 s, with or without news.
+                state = gen.send((yield state))
+                if time.monotonic() > deadline:
+                    break
+        except StopIteration as done:
+            result: T = done.value
+            return result
+        self.pgconn.finish()
+        raise QueryCanceled(f"the server said nothing for {self.patience_seconds:g} s")
+
+    @classmethod
+    def patient(cls, seconds: float, *arguments: Any, **parameters: Any) -> Self:
+        """Connect; see `psycopg.connect`."""
+        connection = cls.connect(*arguments, **parameters)
+        connection.patience_seconds = seconds
+        return connection
+
+
+def connecting(timeout_seconds: float) -> Callable[..., DeadlineConnection]:
+    """Return what makes SQLAlchemy's connections, as its `do_connect` event wants it."""
+    milliseconds = int(timeout_seconds * 1_000)
+    limits = f"-c statement_timeout={milliseconds} -c lock_timeout={milliseconds}"
+    deadlines = {
+        "connect_timeout": max(_LEAST_CONNECT_SECONDS, int(timeout_seconds)),
+        "tcp_user_timeout": milliseconds,
+    }
+
+    def connect(
+        _dialect: object, _record: object, arguments: list[Any], parameters: dict[str, Any]
+    ) -> DeadlineConnection:
+        # The user's own options, a search_path for instance, stay.
+        options = f"{parameters.get('options', '')} {limits}".strip()
+        # A second beyond the server's own timeout: the server says better what it waited for.
+        return DeadlineConnection.patient(
+            timeout_seconds + 1, *arguments, **(parameters | deadlines | {"options": options})
+        )
+
+    return connect
