@@ -40,10 +40,7 @@ class Bench:
         if name.startswith("twice"):
             return [f"{interrupt('first')} {interrupt('second')}"]
         if self.armed and name.startswith("die"):
-            # Long enough for the siblings, which do nothing that waits.
-            for _ in range(100):
-                await asyncio.sleep(0.0005)
-            self.saver.life.end()
+            await self.saver.life.end_when_quiet()
         if self.armed and name.startswith("fail"):
             raise RuntimeError(name)
         return [name]
@@ -190,9 +187,8 @@ class Asker:
 
     async def __call__(self, _state: State) -> dict[str, Any]:
         answers = [interrupt(f"question {number}") for number in range(self.questions)]
-        await asyncio.sleep(0.05)  # the answer itself is written in the background
         if self.bench.armed:
-            self.bench.saver.life.end()
+            await self.bench.saver.life.end_when_quiet()
         return {"log": answers}
 
 

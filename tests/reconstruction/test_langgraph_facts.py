@@ -45,13 +45,7 @@ class Bench:
     async def die_if_told(self, name: str) -> None:
         if self.kills[name] > 0:
             self.kills[name] -= 1
-            await self.settle()
-            self.saver.life.end()
-
-    async def settle(self) -> None:
-        """Let the siblings of the running task write what they have."""
-        for _ in range(200):
-            await asyncio.sleep(0.0005)
+            await self.saver.life.end_when_quiet()
 
     def graph(self, *edges: tuple[str, str], **nodes: Any) -> Any:
         builder = StateGraph(State)

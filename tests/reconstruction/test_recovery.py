@@ -58,9 +58,7 @@ class Bench:
             text = body(state) if body else name
             if self.kills[name] > 0:
                 self.kills[name] -= 1
-                for _ in range(100):  # the siblings, and an answer, are written meanwhile
-                    await asyncio.sleep(0.0005)
-                self.saver.life.end()
+                await self.saver.life.end_when_quiet()
             if self.errors[name] > 0:
                 self.errors[name] -= 1
                 raise RuntimeError(f"{name} failed")
@@ -352,9 +350,7 @@ async def test_an_answer_that_was_used_does_not_answer_the_question_of_a_sibling
         if bench.began["work"] < 5:
             if bench.began["work"] > 1:
                 await asked.wait()
-            for _ in range(100):
-                await asyncio.sleep(0.0005)
-            bench.saver.life.end()
+            await bench.saver.life.end_when_quiet()
         return {"log": [interrupt("second?")]}
 
     builder = StateGraph(State)
@@ -517,9 +513,7 @@ async def test_a_functional_workflows_second_question_is_not_answered_by_the_fir
         first = interrupt("first?")
         if armed and first:
             armed = False
-            for _ in range(100):
-                await asyncio.sleep(0.0005)
-            bench.saver.life.end()
+            await bench.saver.life.end_when_quiet()
         return [*names, first, interrupt("second?")]
 
     await workflow.ainvoke(["in"], CONFIG)
