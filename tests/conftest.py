@@ -9,6 +9,7 @@ os.environ["LANGGRAPH_STRICT_MSGPACK"] = "true"  # before LangGraph is imported
 import pytest
 import pytest_asyncio
 from services.kafka import KafkaMissingError, KafkaServer
+from services.postgres import PostgresMissingError, PostgresServer
 
 
 def missing(what: str, why: object) -> None:
@@ -48,3 +49,24 @@ def kafka() -> Iterator[KafkaServer]:
         missing("Apache Kafka", error)
     yield server
     server.__exit__()
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """One real server for all tests: do not stop it."""
+    server = PostgresServer()
+    try:
+        server.start()
+    except PostgresMissingError as error:
+        server.__exit__()
+        missing("PostgreSQL", error)
+    yield server
+    server.__exit__()
+
+
+@pytest.fixture
+def postgres_url(postgres_server: PostgresServer) -> Iterator[str]:
+    """The address of a fresh empty database."""
+    url = postgres_server.create_database()
+    yield url
+    postgres_server.drop_database(url)
