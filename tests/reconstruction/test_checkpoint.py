@@ -315,6 +315,24 @@ async def test_a_breakpoint_elsewhere_does_not_hold(bench: Bench) -> None:
     assert view.status == "interrupted_work"
 
 
+async def test_a_thread_that_has_only_its_input_stands_at_no_breakpoint(memory: Mortal) -> None:
+    bench = Bench(memory)
+    graph = bench.graph("first", interrupt_before="*")
+    await bench.run(graph)
+    *_, of_input = [saved async for saved in memory.alist(CONFIG)]
+    await memory.adelete_thread("thread-1")
+    place: RunnableConfig = {"configurable": {"thread_id": "thread-1", "checkpoint_ns": ""}}
+    versions = of_input.checkpoint["channel_versions"]
+    await memory.aput(place, of_input.checkpoint, of_input.metadata, versions)
+
+    view = await load_checkpoint(graph, CONFIG)
+
+    assert states(view) == {"__start__": "unfinished"}
+    assert (view.status, view.breakpoints) == ("interrupted_work", ())
+    await graph.ainvoke(None, CONFIG)
+    assert (await load_checkpoint(graph, CONFIG)).breakpoints == ("first",)
+
+
 async def test_work_behind_a_breakpoint_that_was_passed_is_work(bench: Bench) -> None:
     graph = bench.graph("first", "second", "die", parallel=False, interrupt_before=["second"])
     await bench.run(graph)
