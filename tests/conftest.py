@@ -54,11 +54,9 @@ def kafka() -> Iterator[KafkaServer]:
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[PostgresServer]:
     """One real server for all tests: do not stop it."""
-    server = PostgresServer()
     try:
-        server.start()
+        server = PostgresServer({"fsync": "off"}).start()
     except PostgresMissingError as error:
-        server.__exit__()
         missing("PostgreSQL", error)
     yield server
     server.__exit__()
@@ -66,7 +64,6 @@ def postgres_server() -> Iterator[PostgresServer]:
 
 @pytest.fixture
 def postgres_url(postgres_server: PostgresServer) -> Iterator[str]:
-    """The address of a fresh empty database."""
-    url = postgres_server.create_database()
-    yield url
-    postgres_server.drop_database(url)
+    """A fresh empty database's address."""
+    with postgres_server.database() as url:
+        yield url
