@@ -69,6 +69,9 @@ def writing(engine: Engine) -> Iterator[Connection]:
 
 def name_of(engine: Engine) -> str:
     """Return the database's address without its secrets."""
+    file = file_of(engine)
+    if file is not None:
+        return f"sqlite:///{file}"
     return engine.url.difference_update_query(_SECRETS).render_as_string(hide_password=True)
 
 
