@@ -60,7 +60,12 @@ def reconstruct(
     own_facts = {event.interaction_id: _own_fact(query.agent_id, event) for event in own.events}
     told = peers.as_channel() if peers else {}
     known = merge_peer_context(own_facts, told)
-    reasons = [*own.shortfalls, *(peers.degraded if peers else ()), *_missing(checkpoint)]
+    reasons = [
+        *own.shortfalls,
+        *(peers.degraded if peers else ()),
+        *_missing(checkpoint),
+        *_unsettled(query, peers),
+    ]
     return Reconstruction(
         agent_id=query.agent_id,
         thread_id=query.thread_id,
@@ -92,6 +97,19 @@ def _missing(checkpoint: CheckpointView | None) -> list[str]:
     if not checkpoint.exists:
         return ["no_checkpoint: the thread left none before its process died"]
     return []
+
+
+def _unsettled(query: EvidenceQuery, peers: PeerContext | None) -> list[str]:
+    """Say which effects stay in doubt; only the peer that a key names settles it."""
+    told = {
+        (answer.effect_key, answer.agent_id)
+        for answer in (peers.in_doubt if peers else ())
+        if answer.verdict != "cannot_tell"
+    }
+    keys = [key.effect_key for key in query.in_doubt if (key.effect_key, key.peer_id) not in told]
+    if not keys:
+        return []
+    return [f"in_doubt: nobody could tell whether it happened: {', '.join(keys)[:200]!r}"]
 
 
 def _answerers(peers: PeerContext) -> list[str]:

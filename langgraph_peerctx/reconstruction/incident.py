@@ -38,11 +38,13 @@ class IncidentRecord(TypedDict):
     checkpoint: Json | None
     coverage: Json | None
     conflicts: list[Json]
+    in_doubt: list[Json]
     provenance: list[Json]
 
 
 OnStep: TypeAlias = Callable[[StepRecord], None]
-"""Is told of each step when it has ended; runs on the recovery's loop and must not block."""
+"""Is told of each step when it has ended; runs on the recovery's loop and must neither block
+nor raise."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -98,6 +100,7 @@ class Incident:
         checkpoint: Json | None,
         coverage: Json | None,
         conflicts: list[Json],
+        in_doubt: list[Json],
         provenance: list[Json],
     ) -> IncidentRecord:
         """Close the record."""
@@ -113,6 +116,7 @@ class Incident:
             checkpoint=checkpoint,
             coverage=coverage,
             conflicts=conflicts,
+            in_doubt=in_doubt,
             provenance=provenance,
         )
 

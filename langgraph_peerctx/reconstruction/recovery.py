@@ -9,7 +9,7 @@ from langchain_core.runnables import RunnableConfig
 from langgraph.types import Durability
 
 from langgraph_peerctx.config import PeerContextSettings
-from langgraph_peerctx.errors import StoreError
+from langgraph_peerctx.errors import PeerContextError
 from langgraph_peerctx.gathering.gatherer import OnAnswer
 from langgraph_peerctx.identifiers import check_id
 from langgraph_peerctx.protocol.messages import InDoubtKey, Json
@@ -256,7 +256,7 @@ async def _look_again(order: RecoveryOrder, incident: Incident) -> CheckpointVie
                 order.config,
                 timeout_seconds=order.settings.database_timeout_seconds,
             )
-        except StoreError:
+        except PeerContextError:  # the run counts, whatever keeps us from seeing its end
             logger.warning(
                 "the workflow was run, and its checkpoint cannot be read",
                 exc_info=True,
@@ -292,6 +292,12 @@ def _concluded(
     # Whoever did not want the peers asked does not miss a channel for their facts.
     undelivered = delivery.shortfalls if order.query.use_peer_context else ()
     shortfalls = [*evidence["reasons"], *undelivered, *ending.shortfalls]
+    if shortfalls:
+        logger.warning(
+            "recovered without all that was asked for: %s",
+            ", ".join(reason.partition(":")[0] for reason in shortfalls),
+            extra={"incident_id": incident.incident_id, "thread_id": incident.thread_id},
+        )
     return RecoveryResult(
         recovered=ending.status != "failed",
         status=ending.status,
@@ -314,5 +320,6 @@ def _record(
         checkpoint=checkpoint,
         coverage=evidence["coverage"] if evidence else None,
         conflicts=evidence["conflicts"] if evidence else [],
+        in_doubt=evidence["in_doubt"] if evidence else [],
         provenance=evidence["provenance"] if evidence else [],
     )

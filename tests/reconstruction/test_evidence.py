@@ -1,10 +1,11 @@
 import json
+from dataclasses import replace
 from typing import Any
 
 from reconstruction.fake_runtime import NOW, context, interaction
 
 from langgraph_peerctx.gathering.peer_context import Conflict, Coverage, Fact
-from langgraph_peerctx.protocol.messages import InDoubtAnswer, Interaction
+from langgraph_peerctx.protocol.messages import InDoubtAnswer, InDoubtKey, Interaction
 from langgraph_peerctx.reconstruction.checkpoint import CheckpointView
 from langgraph_peerctx.reconstruction.evidence import Reconstruction, reconstruct
 from langgraph_peerctx.reconstruction.sources import EvidenceQuery, OwnHistory
@@ -95,6 +96,30 @@ def test_what_settles_an_effect_in_doubt_is_passed_on() -> None:
 
     assert [(item["effect_key"], item["verdict"]) for item in result["in_doubt"]] == [
         ("k1", "seen")
+    ]
+
+
+def test_only_the_named_peer_settles_an_effect() -> None:
+    keys = tuple(
+        InDoubtKey(effect_key=key, peer_id="inventory-agent", epoch=0, intent_at=NOW)
+        for key in ("seen", "not-seen", "cannot-tell", "hearsay", "silence")
+    )
+    answers = tuple(
+        InDoubtAnswer(effect_key=key, agent_id=agent, verdict=verdict)
+        for key, agent, verdict in (
+            ("seen", "inventory-agent", "seen"),
+            ("not-seen", "inventory-agent", "not_seen"),
+            ("cannot-tell", "inventory-agent", "cannot_tell"),
+            ("hearsay", "gossip-agent", "seen"),
+        )
+    )
+
+    asked = replace(QUERY, in_doubt=keys)
+    result = reconstruct(asked, HEAD, own(), context(in_doubt=answers))
+
+    assert result["degraded"]
+    assert result["reasons"] == [
+        "in_doubt: nobody could tell whether it happened: 'cannot-tell, hearsay, silence'"
     ]
 
 

@@ -525,7 +525,7 @@ async def test_a_functional_workflows_second_question_is_not_answered_by_the_fir
     assert (first["status"], first["recovered"]) == ("waiting_for_human", True)
     assert (second["status"], second["recovered"]) == ("waiting_for_human", False)
     assert await workflow.ainvoke(Command(resume="no"), CONFIG) == ["in", "yes", "no"]
-    assert caplog.text == ""
+    assert "unknown channel" not in caplog.text
 
 
 async def test_peers_that_cannot_be_reached_do_not_stop_the_recovery(bench: Bench) -> None:
@@ -842,6 +842,21 @@ async def test_a_run_whose_end_cannot_be_read_is_said_to_be_unverified(quick: Be
     assert result["status"] == "resumed"
     assert codes(result) == ["unverified"]
     assert result["final_state"]["log"] == ["in", "left", "right"]
+
+
+async def test_going_on_without_something_is_a_warning(
+    quick: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    graph = quick.graph(Bare)
+    quick.kills["right"] = 1
+    await quick.die(graph)
+    quick.runtime.error = BrokerUnavailableError("gone")
+
+    await quick.recover(graph)
+
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "recovered without all that was asked for: no_broker, no_channel"
+    ]
 
 
 async def test_a_checkpointer_that_cannot_be_read_is_an_error(quick: Bench) -> None:
