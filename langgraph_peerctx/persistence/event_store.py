@@ -113,8 +113,10 @@ class EventStore:
         self._opened = Opened(self._engine)
         self._threads = ThreadPoolExecutor(POOL_SIZE, thread_name_prefix="peerctx-store")
         insert = (sqlite if self._engine.dialect.name == "sqlite" else postgresql).insert
-        self._insert_many = insert(interactions).on_conflict_do_nothing()
-        self._insert = self._insert_many.returning(interactions.c.sequence)
+        once = insert(interactions).on_conflict_do_nothing()
+        self._insert = once.returning(interactions.c.sequence)
+        # Rows go to PostgreSQL in statements of many: unasked, nobody adds up their counts.
+        self._insert_many = once.execution_options(preserve_rowcount=True)
         memory = insert(memories)
         self._remember = memory.on_conflict_do_update(
             index_elements=["agent_id", "counterpart_id"],
