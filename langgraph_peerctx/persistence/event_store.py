@@ -198,8 +198,8 @@ class EventStore:
             StoreBusyError: If the database did not answer in time.
             StoreError: If it failed.
         """
-        pair = {"agent_id": agent_id, "counterpart_id": counterpart_id}
-        return self._find(_WITH, pair, **_window(thread_id, since, until, limit))
+        window = _window(thread_id, since, until, limit)
+        return self._find(_WITH, agent_id=agent_id, counterpart_id=counterpart_id, **window)
 
     def interactions_of(
         self,
@@ -214,11 +214,12 @@ class EventStore:
 
         See `interactions_with`.
         """
-        return self._find(_OF, {"agent_id": agent_id}, **_window(thread_id, since, until, limit))
+        window = _window(thread_id, since, until, limit)
+        return self._find(_OF, agent_id=agent_id, **window)
 
     def by_effect_key(self, agent_id: str, effect_key: str) -> list[Interaction]:
         """Return what an agent recorded under an effect's key, last recorded first."""
-        return self._find(_BY_EFFECT, {"agent_id": agent_id, "effect_key": effect_key})
+        return self._find(_BY_EFFECT, agent_id=agent_id, effect_key=effect_key)
 
     def remember(self, agent_id: str, counterpart_id: str, state: Mapping[str, Any]) -> None:
         """Keep what one agent wants to remember of another; it replaces what was there.
@@ -241,7 +242,7 @@ class EventStore:
         Raises:
             StoreError: If the database failed.
         """
-        rows = self._rows(_MEMORY, {"agent_id": agent_id, "counterpart_id": counterpart_id})
+        rows = self._rows(_MEMORY, agent_id=agent_id, counterpart_id=counterpart_id)
         return self._read(lambda: from_json(rows[0][0])) if rows else {}
 
     def created_at(self) -> datetime:
@@ -250,7 +251,7 @@ class EventStore:
         Raises:
             StoreError: If the database failed.
         """
-        return moment_at(self._rows(_BIRTH, {})[0][0])
+        return moment_at(self._rows(_BIRTH)[0][0])
 
     def ping(self) -> None:
         """See that the database answers.
@@ -258,7 +259,7 @@ class EventStore:
         Raises:
             StoreError: If it does not.
         """
-        self._rows(_PING, {})
+        self._rows(_PING)
 
     def close(self) -> None:
         """Close every connection. Safe to call twice; what still works in a thread may finish."""
@@ -333,11 +334,8 @@ class EventStore:
         """See `ping`."""
         await self.in_thread(self.ping)
 
-    def _find(
-        self, statement: Select[Any], ids: Mapping[str, str], **window: Any
-    ) -> list[Interaction]:
-        # What could not be stored is asked for as what was stored in its place.
-        rows = self._rows(statement, {name: plain_text(of) for name, of in ids.items()} | window)
+    def _find(self, statement: Select[Any], **parameters: Any) -> list[Interaction]:
+        rows = self._rows(statement, **parameters)
         return self._read(lambda: interactions_in(rows))
 
     def _read(self, parse: Callable[[], T]) -> T:
@@ -346,8 +344,10 @@ class EventStore:
         except ValueError as error:
             raise StoreError(f"{self.name} holds a row that is no JSON: restore it") from error
 
-    def _rows(self, statement: Select[Any], parameters: dict[str, Any]) -> Sequence[Row[Any]]:
-        return self._work(lambda connection: connection.execute(statement, parameters).all())
+    def _rows(self, statement: Select[Any], **parameters: Any) -> Sequence[Row[Any]]:
+        # What could not be stored is asked for as what was stored in its place.
+        asked = {k: plain_text(v) if isinstance(v, str) else v for k, v in parameters.items()}
+        return self._work(lambda connection: connection.execute(statement, asked).all())
 
     def _work(self, work: Callable[[Connection], T], *, transaction: bool = False) -> T:
         """Do idempotent work, once more if the connection was lost under it."""
@@ -498,7 +498,7 @@ def _window(
     if limit < 1:
         raise ConfigurationError(f"limit={limit}: ask for at least 1")
     return {
-        "thread_id": plain_text(thread_id),
+        "thread_id": thread_id,
         "since": EARLIEST if since is None else microseconds(since),
         "until": LATEST if until is None else microseconds(until),
         "limit": min(limit, LATEST),

@@ -5,18 +5,31 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from sqlalchemy import Engine
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from langgraph_peerctx.errors import StoreBusyError, StoreError
 from langgraph_peerctx.persistence.engine import file_of, name_of
 
-_ROOM = "see that there is room on the disk: earlier events are intact"
-_INCOMPLETE = "its schema is incomplete: restore the database, or name another"
-_REACH = "see that the server runs and can be reached, and the user and password in the URL"
+_PRIMARY = 0xFF
+"""SQLite's extended error codes carry the primary one in their lowest byte."""
 
-_SQLITE_BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
-_SQLITE_REMEDIES = {
+_BUSY: frozenset[int | str | None] = frozenset(
+    {
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+        "57014",  # statement timeout
+        "55P03",  # lock timeout
+        "53300",  # too many connections
+        "57P03",  # starting up or shutting down
+        "40001",  # serialization failure
+        "40P01",  # deadlock
+    }
+)
+_ROOM = "see that there is room on the disk; earlier events are intact"
+_INCOMPLETE = "its schema is incomplete: restore the database, or name another"
+_UNREACHABLE = "see that the server runs and can be reached, and the user and password in the URL"
+_REMEDIES: dict[int | str | None, str] = {
     sqlite3.SQLITE_CANTOPEN: "see that the folder {folder} exists and may be written",
     sqlite3.SQLITE_READONLY: "see that the file and its folder {folder} may be written",
     sqlite3.SQLITE_NOTADB: "the file is no SQLite database: name another one",
@@ -24,23 +37,11 @@ _SQLITE_REMEDIES = {
     sqlite3.SQLITE_FULL: _ROOM,
     sqlite3.SQLITE_IOERR: "see the disk: room, permissions, health",
     sqlite3.SQLITE_ERROR: _INCOMPLETE,
-}
-_POSTGRESQL_BUSY = (
-    "57014",  # statement timeout
-    "55P03",  # lock timeout
-    "53300",  # too many connections
-    "57P03",  # starting up or shutting down
-    "40001",  # serialization failure
-    "40P01",  # deadlock
-)
-_POSTGRESQL_REMEDIES = {
     "25006": "the server is read-only: name the primary",
     "42501": "grant this user the right to create and write tables",
     "42P01": _INCOMPLETE,
-    "42P07": "tables of this name are there without our schema version: name another database",
+    "42P07": "tables of our names are there without our schema version: name another database",
     "53100": _ROOM,
-    "3D000": "create the database",
-    None: _REACH,
 }
 
 
@@ -65,26 +66,22 @@ def store_error(engine: Engine, error: SQLAlchemyError) -> StoreError:
 
 def is_busy(error: SQLAlchemyError) -> bool:
     """Tell whether the database is there and well, and only too slow for us."""
-    code = _code(error)
-    return code in _POSTGRESQL_BUSY or code in _SQLITE_BUSY
+    return _code(error) in _BUSY
 
 
 def _remedy(engine: Engine, error: SQLAlchemyError) -> str:
-    code = _code(error)
-    if not isinstance(error, DBAPIError):
-        return "see `peerctx doctor`"
-    file = file_of(engine)
-    if file is None:
-        return _POSTGRESQL_REMEDIES.get(None if code is None else str(code), "see `peerctx doctor`")
-    remedy = _SQLITE_REMEDIES.get(code if isinstance(code, int) else 0, "see `peerctx doctor`")
-    return remedy.format(folder=file.parent)
+    code, file = _code(error), file_of(engine)
+    if code is None and isinstance(error, OperationalError):
+        return _UNREACHABLE  # a connection that failed has no SQLSTATE
+    remedy = _REMEDIES.get(code, "see `peerctx doctor`")
+    return remedy.format(folder=file.parent if file else "")
 
 
 def _code(error: SQLAlchemyError) -> int | str | None:
     """Return SQLite's primary error code, or PostgreSQL's SQLSTATE."""
     origin = error.orig if isinstance(error, DBAPIError) else None
     if isinstance(origin, sqlite3.Error):
-        return getattr(origin, "sqlite_errorcode", 0) & 0xFF  # errors of the module have none
+        return getattr(origin, "sqlite_errorcode", 0) & _PRIMARY  # the module's own have none
     state: str | None = getattr(origin, "sqlstate", None)
     return state
 
