@@ -34,7 +34,8 @@ metadata = MetaData(
 _ROW_NUMBER = BigInteger().with_variant(Integer, "sqlite")
 """SQLite numbers rows by itself only where the key is an INTEGER."""
 
-_NEWEST_FIRST = (text("occurred_at DESC"), text("sequence DESC"))
+_IN_TIME = ("occurred_at", "sequence")
+"""The end of an index that is read backwards: newest first."""
 
 
 def _where(condition: str) -> dict[str, Any]:
@@ -69,10 +70,8 @@ interactions = Table(
     Column("run_id", Text),
     Column("checkpoint_id", Text),
     UniqueConstraint("agent_id", "interaction_id"),
-    Index(
-        "ix_peerctx_interactions_pair", "agent_id", "counterpart_id", "thread_id", *_NEWEST_FIRST
-    ),
-    Index("ix_peerctx_interactions_thread", "agent_id", "thread_id", *_NEWEST_FIRST),
+    Index("ix_peerctx_interactions_pair", "agent_id", "counterpart_id", "thread_id", *_IN_TIME),
+    Index("ix_peerctx_interactions_thread", "agent_id", "thread_id", *_IN_TIME),
     Index(
         "ix_peerctx_interactions_effect",
         "agent_id",

@@ -79,16 +79,15 @@ def _interactions() -> None:
         ),
         comment="What passed between two agents, as agent_id remembers it.",
     )
-    newest_first = [sa.text("occurred_at DESC"), sa.text("sequence DESC")]
     op.create_index(
         "ix_peerctx_interactions_pair",
         "peerctx_interactions",
-        ["agent_id", "counterpart_id", "thread_id", *newest_first],
+        ["agent_id", "counterpart_id", "thread_id", "occurred_at", "sequence"],
     )
     op.create_index(
         "ix_peerctx_interactions_thread",
         "peerctx_interactions",
-        ["agent_id", "thread_id", *newest_first],
+        ["agent_id", "thread_id", "occurred_at", "sequence"],
     )
     op.create_index(
         "ix_peerctx_interactions_effect",
@@ -123,7 +122,7 @@ def _receipts() -> None:
         _number("received_at"),
         _number("done_at", nullable=True),
         sa.PrimaryKeyConstraint("agent_id", "sender_id", "effect_key", name="pk_peerctx_receipts"),
-        sa.CheckConstraint("status IN ('open', 'done')", name="ck_peerctx_receipts_status"),
+        sa.CheckConstraint("status IN ('open', 'done')", name=op.f("ck_peerctx_receipts_status")),
         comment="An effect that arrived at agent_id, recorded before it acts.",
     )
 
@@ -185,10 +184,10 @@ def _runs() -> None:
         sa.PrimaryKeyConstraint("run_id", name="pk_peerctx_runs"),
         sa.CheckConstraint(
             "end_kind IN ('returned', 'raised', 'cancelled', 'handed_over')",
-            name="ck_peerctx_runs_end_kind",
+            name=op.f("ck_peerctx_runs_end_kind"),
         ),
         sa.CheckConstraint(
-            "durability IN ('sync', 'async', 'exit')", name="ck_peerctx_runs_durability"
+            "durability IN ('sync', 'async', 'exit')", name=op.f("ck_peerctx_runs_durability")
         ),
         comment="Every admitted input and how its run ended; a run without an end has crashed.",
     )
@@ -220,9 +219,9 @@ def _effects() -> None:
         sa.PrimaryKeyConstraint(
             "agent_id", "thread_id", "run_id", "position", "effect_key", name="pk_peerctx_effects"
         ),
-        sa.CheckConstraint("scope IN ('run', 'thread')", name="ck_peerctx_effects_scope"),
+        sa.CheckConstraint("scope IN ('run', 'thread')", name=op.f("ck_peerctx_effects_scope")),
         sa.CheckConstraint(
-            "status IN ('intent', 'done', 'not_done')", name="ck_peerctx_effects_status"
+            "status IN ('intent', 'done', 'not_done')", name=op.f("ck_peerctx_effects_status")
         ),
         comment="Side effects: meant, and what came of them. An intent alone is in doubt.",
     )
@@ -253,7 +252,7 @@ def _incidents() -> None:
         ),
         sa.CheckConstraint(
             "status IN ('open', 'recovering', 'waiting_for_human', 'recovered', 'dead_letter')",
-            name="ck_peerctx_incidents_status",
+            name=op.f("ck_peerctx_incidents_status"),
         ),
         comment="One row a failure: attempts, dead letter, question to a human, result, report.",
     )
