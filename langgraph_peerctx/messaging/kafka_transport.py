@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, TypeAlias
 
 from langgraph_peerctx.config import KafkaConfig
@@ -43,6 +44,7 @@ try:
         AuthenticationFailedError,
         IllegalSaslStateError,
         KafkaError,
+        ProducerClosed,
         SaslAuthenticationFailed,
         TopicAlreadyExistsError,
         UnsupportedSaslMechanismError,
@@ -57,7 +59,10 @@ logger = logging.getLogger(__name__)
 CLOSE_TIMEOUT_SECONDS = 4.0
 POLL_SECONDS = 0.25
 STALE_AFTER_SECONDS = 3.0
-"""A fetch is answered at least every `FETCH_WAIT_SECONDS`; six missed answers are an outage."""
+"""A fetch is answered at least every `FETCH_WAIT_SECONDS`; six missed answers are an outage.
+
+Where the connect deadline is longer, links are slow, and it counts instead.
+"""
 FETCH_WAIT_SECONDS = 0.5
 EMBEDDED_FETCH_WAIT_SECONDS = 0.01
 """The embedded broker never wakes a waiting fetch: each hop would cost the whole wait."""
@@ -149,9 +154,19 @@ class KafkaTransport:
     ) -> "KafkaSubscription":
         """Read topics; see `Transport.subscribe`. Returns at once; the reading starts by itself."""
         self._check_usable()
-        make = self._new_group_consumer if group_id else self._new_consumer
-        reader = _GroupReader(group_id, topics) if group_id else _Reader(topics, start or From())
-        subscription = KafkaSubscription(reader, make, on_record, self._subscriptions.discard)
+        reader: _Reader | _GroupReader
+        make: Callable[[], Awaitable[Any]]
+        if group_id is None:
+            reader, make = _Reader(topics, start or From()), self._new_consumer
+        else:
+            reader, make = _GroupReader(topics), partial(self._new_group_consumer, group_id)
+        subscription = KafkaSubscription(
+            reader,
+            make,
+            on_record,
+            self._subscriptions.discard,
+            connect_seconds=self._config.connect_timeout_seconds,
+        )
         self._subscriptions.add(subscription)
         return subscription
 
@@ -233,9 +248,9 @@ class KafkaTransport:
             _consumer_remains,
         )
 
-    async def _new_group_consumer(self) -> Any:
+    async def _new_group_consumer(self, group_id: str) -> Any:
         # A request timeout at or below the group's rebalance delay re-joins for ever.
-        options = self._fetch_options() | {"request_timeout_ms": 40_000}
+        options = self._fetch_options() | {"request_timeout_ms": 40_000, "group_id": group_id}
         return await self._started(
             lambda: aiokafka.AIOKafkaConsumer(enable_auto_commit=False, **options),
             _consumer_remains,
@@ -250,10 +265,12 @@ class KafkaTransport:
 
     def _client_options(self) -> dict[str, Any]:
         config = self._config
+        servers = config.bootstrap_servers.count(",") + 1
         options: dict[str, Any] = {
             "bootstrap_servers": config.bootstrap_servers,
             "client_id": "langgraph-peerctx",
-            "request_timeout_ms": int(config.connect_timeout_seconds * 1_000),
+            # One after the other: a silent server costs a whole request's time.
+            "request_timeout_ms": int(config.connect_timeout_seconds * 1_000 / servers),
             "security_protocol": config.security_protocol,
         }
         if config.security_protocol.endswith("SSL"):
@@ -272,23 +289,31 @@ class KafkaTransport:
         if aiokafka is None:
             raise BrokerUnavailableError("aiokafka is not installed: pip install aiokafka")
         client = make()
+        # A start that is cancelled leaks its connection: it ends by itself, in the background.
+        starting = asyncio.create_task(self._start(client), name="peerctx-start-client")
+        deadline = time.monotonic() + self._config.connect_timeout_seconds
+        started = False
         try:
-            async with asyncio.timeout(self._config.connect_timeout_seconds):
-                await self._check_reachable()
-                await client.start()
-        except TimeoutError:
-            raise BrokerUnavailableError(
-                f"{self.address} accepts and does not answer "
-                f"(waited {self._config.connect_timeout_seconds:g} s)"
-            ) from None
-        except KafkaError as error:
+            await asyncio.wait({starting}, timeout=self._config.connect_timeout_seconds + 0.5)
+            if not starting.done():
+                raise TimeoutError  # noqa: TRY301 - one sentence for both ways of not answering
+            starting.result()
+            started = True
+        except (TimeoutError, KafkaError) as error:
+            if time.monotonic() > deadline - 0.1:
+                raise BrokerUnavailableError(
+                    f"{self.address} accepts and does not answer "
+                    f"(waited {self._config.connect_timeout_seconds:g} s)"
+                ) from None
             raise await self._reason() from error
-        else:
-            started, client = client, None
-            return started
         finally:
-            if client is not None:
-                self._end_in_background(client.stop, remains(client))
+            if not started:
+                self._end_in_background(client.stop, remains(client), after=starting)
+        return client
+
+    async def _start(self, client: Any) -> None:
+        await self._check_reachable()
+        await client.start()
 
     async def _check_reachable(self) -> None:
         """Fail at once, and once, where nobody listens: aiokafka logs an ERROR at each attempt."""
@@ -301,6 +326,7 @@ class KafkaTransport:
                 faults.append(f"{server}: {error.strerror or error}")
             else:
                 writer.close()
+                await writer.wait_closed()
                 return
         raise BrokerUnavailableError(f"no Kafka broker at {'; '.join(faults)}")
 
@@ -383,7 +409,7 @@ class KafkaTransport:
             await admin.start()
             yield admin
         finally:
-            self._end_in_background(admin.close, _client_remains(admin._client))  # noqa: SLF001 - see _end
+            self._end_in_background(admin.close, _client_remains(admin._client))
 
     def _discard(self, producer: Any) -> None:
         """Give a producer up: what it still holds may be delivered, or not."""
@@ -391,8 +417,14 @@ class KafkaTransport:
             self._producer = None
             self._end_in_background(producer.stop, _producer_remains(producer))
 
-    def _end_in_background(self, stop: Callable[[], Awaitable[None]], remains: "_Remains") -> None:
-        task = asyncio.create_task(_end(stop, remains), name="peerctx-end-client")
+    def _end_in_background(
+        self,
+        stop: Callable[[], Awaitable[None]],
+        remains: "_Remains",
+        *,
+        after: "asyncio.Task[None] | None" = None,
+    ) -> None:
+        task = asyncio.create_task(_end(stop, remains, after), name="peerctx-end-client")
         self._endings.add(task)
         task.add_done_callback(self._endings.discard)
 
@@ -411,7 +443,11 @@ class KafkaSubscription:
         make_consumer: Callable[[], Awaitable[Any]],
         on_record: OnRecord,
         forget: Callable[["KafkaSubscription"], None],
+        *,
+        connect_seconds: float,
     ) -> None:
+        self._stale_seconds = max(STALE_AFTER_SECONDS, connect_seconds)
+        self._position_seconds = 3 * connect_seconds + reader.JOINING_SECONDS
         self._reader = reader
         self._make_consumer = make_consumer
         self._on_record = on_record
@@ -456,14 +492,18 @@ class KafkaSubscription:
                     failures = 0
                 self._lost = str(error) or type(error).__name__
                 logger.info("reading was interrupted, trying again: %.200s", self._lost)
-                pause = RETRY_SECONDS[min(failures, len(RETRY_SECONDS) - 1)]
-                failures += 1
-                await _wait_for(self._stopping, pause)
+            except Exception as error:  # a service loop logs and goes on
+                self._lost = f"{type(error).__name__}: {error}"
+                logger.exception("reading failed, trying again")
+            else:
+                continue
+            await _wait_for(self._stopping, RETRY_SECONDS[min(failures, len(RETRY_SECONDS) - 1)])
+            failures += 1
 
     async def _read_until_it_fails(self) -> None:
         consumer = await self._make_consumer()
         try:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(self._position_seconds):
                 await self._reader.position(consumer)
             self._lost = None
             self._positioned.set()
@@ -485,9 +525,9 @@ class KafkaSubscription:
             now, answers = time.monotonic(), self._reader.answers(consumer)
             if batches or answers != last:
                 answered_at, last = now, answers
-            elif now - answered_at > STALE_AFTER_SECONDS:
+            elif now - answered_at > self._stale_seconds:
                 raise BrokerUnavailableError(
-                    f"no fetch was answered for {STALE_AFTER_SECONDS:g} s: "
+                    f"no fetch was answered for {self._stale_seconds:g} s: "
                     "the broker or the topic is gone"
                 )
 
@@ -512,6 +552,8 @@ class KafkaSubscription:
 class _Reader:
     """Partitions assigned by hand: no group, no three seconds of joining."""
 
+    JOINING_SECONDS = 0.0
+
     def __init__(self, topics: Collection[str], start: From) -> None:
         self._topics = list(topics)
         self._start = start
@@ -519,7 +561,7 @@ class _Reader:
 
     async def position(self, consumer: Any) -> None:
         """Assign every partition and seek, with nothing awaited in between: no fetch goes first."""
-        known = await _all_topics(consumer._client)  # noqa: SLF001 - the public call creates topics
+        known = await _all_topics(consumer._client)
         missing = [topic for topic in self._topics if topic not in known]
         if missing:
             raise UnknownTopicError(
@@ -552,22 +594,23 @@ class _Reader:
 class _GroupReader:
     """A consumer group, for users who want one: at least once, committed after handing over."""
 
-    def __init__(self, group_id: str | None, topics: Collection[str]) -> None:
-        self._group_id = group_id
+    JOINING_SECONDS = 30.0
+
+    def __init__(self, topics: Collection[str]) -> None:
         self._topics = list(topics)
         self.offsets: dict[tuple[str, int], int] = {}
 
     async def position(self, consumer: Any) -> None:
         """Join; the first poll brings the assignment."""
-        known = await _all_topics(consumer._client)  # noqa: SLF001 - the public call creates topics
+        known = await _all_topics(consumer._client)
         missing = [topic for topic in self._topics if topic not in known]
         if missing:
             raise UnknownTopicError(
                 f"there is no topic {', '.join(missing)}: make it with `peerctx topics --create`"
             )
         consumer.subscribe(self._topics)
-        while not consumer.assignment():
-            await consumer.getmany(timeout_ms=100)
+        while not consumer.assignment():  # noqa: ASYNC110 - the client has no event for it
+            await asyncio.sleep(POLL_SECONDS)
         for partition in consumer.assignment():
             await consumer.position(partition)
 
@@ -584,34 +627,52 @@ class _GroupReader:
         )
 
 
-_Remains: TypeAlias = Callable[[], tuple[list[Any], Any]]
-"""What a client leaves when its own stop fails: its tasks, and the connections' owner."""
+_Remains: TypeAlias = Callable[[], tuple[Callable[[], None], list[Any], Any]]
+"""What a client leaves when its own stop fails: how to release who waits for it, its tasks, and
+the owner of its connections. They have no public names: the pin in pyproject.toml is for them."""
 
 
-async def _end(stop: Callable[[], Awaitable[None]], remains: _Remains) -> None:
-    """Stop a client of aiokafka for good: within the deadline, whatever its own stop does."""
+async def _end(
+    stop: Callable[[], Awaitable[None]],
+    remains: _Remains,
+    after: "asyncio.Task[None] | None" = None,
+) -> None:
+    """Stop a client of aiokafka for good: within the deadline, whatever its own stop does.
+
+    A start that is still under way is let end first.
+    """
+    if after is not None and not after.done():
+        await asyncio.wait({after}, timeout=CLOSE_TIMEOUT_SECONDS / 2)
+        after.cancel()
+        await asyncio.wait({after}, timeout=CLOSE_TIMEOUT_SECONDS / 4)
     stopping = asyncio.ensure_future(stop())
     await asyncio.wait({stopping}, timeout=CLOSE_TIMEOUT_SECONDS / 2)
-    tasks, client = remains()
-    leftovers = {t for t in (stopping, *tasks) if t is not None and not t.done()}
-    for task in leftovers:
-        task.cancel()
-    if leftovers:
-        await asyncio.wait(leftovers, timeout=CLOSE_TIMEOUT_SECONDS / 4)
-    if stopping.done() and not stopping.cancelled() and stopping.exception():
-        logger.debug("a client's own stop failed: %r", stopping.exception())
-    if client is not None:
-        closing = asyncio.ensure_future(client.close())
-        await asyncio.wait({closing}, timeout=CLOSE_TIMEOUT_SECONDS / 4)
-        if not closing.done():
-            closing.cancel()
-            await asyncio.wait({closing}, timeout=CLOSE_TIMEOUT_SECONDS / 4)
-        elif not closing.cancelled():
-            closing.exception()
+    release, tasks, client = remains()
+    if not stopping.done():
+        release()
+    if client is not None:  # its connections first: tasks may wait for answers on them
+        await _cut_short(asyncio.ensure_future(client.close()))
+    await _cut_short(stopping, *tasks)
+
+
+async def _cut_short(*tasks: "asyncio.Future[None] | None") -> None:
+    """Wait a moment for tasks to end, then cancel them; what they raise is of no interest now."""
+    waiting = {task for task in tasks if task is not None}
+    for _ in range(2):
+        pending = {task for task in waiting if not task.done()}
+        if pending:
+            await asyncio.wait(pending, timeout=CLOSE_TIMEOUT_SECONDS / 8)
+        for task in pending:
+            task.cancel()
+    if pending := {task for task in waiting if not task.done()}:
+        await asyncio.wait(pending, timeout=CLOSE_TIMEOUT_SECONDS / 8)
+    for task in waiting:
+        if task.done() and not task.cancelled() and task.exception() is not None:
+            logger.debug("a client's own stop failed: %r", task.exception())
 
 
 def _consumer_remains(consumer: Any) -> _Remains:
-    def remains() -> tuple[list[Any], Any]:
+    def remains() -> tuple[Callable[[], None], list[Any], Any]:
         fetcher, coordinator = consumer._fetcher, consumer._coordinator
         tasks = [*fetcher._pending_tasks, fetcher._fetch_task] if fetcher else []
         names = (
@@ -621,21 +682,29 @@ def _consumer_remains(consumer: Any) -> _Remains:
             "_commit_refresh_task",
         )
         tasks += [getattr(coordinator, name, None) for name in names] if coordinator else []
-        return tasks, consumer._client
+        return _nothing, tasks, consumer._client
 
     return remains
 
 
 def _producer_remains(producer: Any) -> _Remains:
-    def remains() -> tuple[list[Any], Any]:
+    def remains() -> tuple[Callable[[], None], list[Any], Any]:
         sender = producer._sender
-        return [sender.sender_task] if sender is not None else [], producer.client
+        return (
+            lambda: producer._message_accumulator.fail_all(ProducerClosed()),
+            [sender.sender_task] if sender is not None else [],
+            producer.client,
+        )
 
     return remains
 
 
 def _client_remains(client: Any) -> _Remains:
-    return lambda: ([], client)
+    return lambda: (_nothing, [], client)
+
+
+def _nothing() -> None:
+    """Nothing has to be released."""
 
 
 async def _shielded(ending: Awaitable[None]) -> None:

@@ -87,6 +87,10 @@ class KafkaServer:
         return self.address("PLAIN")
 
     @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
     def log(self) -> Path:
         return self._folder / "kafka.log"
 
