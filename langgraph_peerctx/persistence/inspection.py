@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from sqlalchemy import Connection, Engine, func, select, text
 
 from langgraph_peerctx.errors import PeerContextError, StoreBusyError
-from langgraph_peerctx.persistence.engine import connect, file_of, name_of, writing
+from langgraph_peerctx.persistence.engine import connect, file_of, name_of
 from langgraph_peerctx.persistence.faults import translated
 from langgraph_peerctx.persistence.migrations import HEAD
 from langgraph_peerctx.persistence.schema import metadata
@@ -133,15 +134,22 @@ def _rows(connection: Connection) -> dict[str, int]:
 
 
 def _writable(engine: Engine, state: DatabaseState) -> bool | None:
-    """Tell whether a row could be written; on SQLite by taking the write lock and giving it back.
+    """Tell whether a row could be written; on SQLite by writing, and taking it back.
 
     Raises:
         StoreError: If SQLite says why not.
     """
     if engine.dialect.name == "sqlite":
-        with translated(engine), writing(engine):
-            return True
+        return _written_and_taken_back(engine)
     if not state.at_head:
         return None
     with translated(engine), engine.connect() as connection:
         return bool(connection.execute(_MAY_WRITE).scalar_one())
+
+
+def _written_and_taken_back(engine: Engine) -> Literal[True]:
+    with translated(engine), engine.connect() as connection:
+        # Of a file that may only be read, BEGIN IMMEDIATE alone makes a reading transaction.
+        for statement in ("BEGIN IMMEDIATE", "PRAGMA user_version=0", "ROLLBACK"):
+            connection.exec_driver_sql(statement)
+    return True
