@@ -2,7 +2,8 @@
 
 import os
 
-from sqlalchemy import Engine
+from sqlalchemy import Engine, event
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from langgraph_peerctx.errors import StoreError
 from langgraph_peerctx.persistence.engine import file_of, name_of
@@ -21,6 +22,7 @@ class Opened:
         self._pid = os.getpid()
         self._file = file_of(engine)
         self._identity = self._look()
+        event.listen(engine, "checkin", self._close_late)
 
     def check(self) -> None:
         """See that the database may be used.
@@ -46,6 +48,11 @@ class Opened:
         self.closed = True
         if os.getpid() == self._pid:
             self.engine.dispose()
+
+    def _close_late(self, _connection: object, record: ConnectionPoolEntry) -> None:
+        """Close a connection that comes back after `close`, from a thread that was given up."""
+        if self.closed:
+            record.invalidate()
 
     def _look(self) -> tuple[int, int] | None:
         if self._file is None:

@@ -63,9 +63,9 @@ def connecting(timeout_seconds: float) -> Callable[..., DeadlineConnection]:
     ) -> DeadlineConnection:
         # The user's own options, a search_path for instance, stay.
         options = f"{parameters.get('options', '')} {limits}".strip()
-        # A second beyond the server's own timeout: the server says better what it waited for.
+        # A little beyond the server's own timeout: the server says better what it waited for.
         return DeadlineConnection.patient(
-            timeout_seconds + 1, *arguments, **(parameters | deadlines | {"options": options})
+            timeout_seconds + 0.5, *arguments, **(parameters | deadlines | {"options": options})
         )
 
     return connect
