@@ -86,6 +86,7 @@ def file_of(engine: Engine) -> Path | None:
 def _address(url: str) -> URL:
     try:
         address = make_url(url)
+        _see_that_a_system_can_take(address)
     except (ArgumentError, ValueError):
         raise ConfigurationError(f"the database URL is unreadable: {_EXPECTED}") from None
     if address.drivername in _POSTGRESQL:
@@ -93,6 +94,12 @@ def _address(url: str) -> URL:
     if address.drivername in _SQLITE:
         return _sqlite_address(address)
     raise ConfigurationError(f"{address.drivername!r:.40} is no database of ours: {_EXPECTED}")
+
+
+def _see_that_a_system_can_take(address: URL) -> None:
+    for part in (address.database, address.host, address.username, address.password):
+        if part is not None and b"\0" in part.encode():
+            raise ValueError("NUL")
 
 
 def _sqlite_address(address: URL) -> URL:
@@ -156,12 +163,15 @@ def _postgresql(address: URL, timeout_seconds: float) -> Engine:
 
 
 def _engine(address: URL, timeout_seconds: float, **options: Any) -> Engine:
-    return create_engine(
-        address,
-        isolation_level="AUTOCOMMIT",  # set once: at each checkout it costs more than a query
-        pool_size=POOL_SIZE,
-        max_overflow=0,
-        pool_timeout=timeout_seconds,
-        hide_parameters=True,  # what agents remember belongs into no traceback
-        **options,
-    )
+    try:
+        return create_engine(
+            address,
+            isolation_level="AUTOCOMMIT",  # set once: at each checkout it costs more than a query
+            pool_size=POOL_SIZE,
+            max_overflow=0,
+            pool_timeout=timeout_seconds,
+            hide_parameters=True,  # what agents remember belongs into no traceback
+            **options,
+        )
+    except ValueError as error:
+        raise ConfigurationError(f"an option in the database URL is wrong: {error}") from None

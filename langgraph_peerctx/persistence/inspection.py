@@ -73,12 +73,17 @@ def describe_database(url: str, *, timeout_seconds: float = 5.0) -> DatabaseStat
 
 def _missing_file(engine: Engine) -> DatabaseState | None:
     file = file_of(engine)
-    if file is None or file.exists():
+    if file is None:
         return None
-    folder = file.parent
-    problem = f"{folder} does not exist: make it, or name another file"
-    problems = () if folder.is_dir() else (problem,)
-    return DatabaseState(name=name_of(engine), exists=False, problems=problems)
+    missing = DatabaseState(name=name_of(engine), exists=False)
+    try:
+        if file.exists():
+            return None
+        if file.parent.is_dir():
+            return missing
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        return _with_problem(missing, f"{file}: {error.strerror}: name another file")
+    return _with_problem(missing, f"{file.parent} does not exist: make it, or name another file")
 
 
 def _look(engine: Engine) -> DatabaseState:

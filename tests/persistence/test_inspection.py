@@ -176,6 +176,28 @@ def test_an_address_of_none_of_ours_is_a_fault(url: str) -> None:
     assert SECRET not in fault(url)
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "sqlite:////tmp/a\0.db",
+        "sqlite:////tmp/\ud800.db",
+        "postgresql://u:p@\ud800/d",
+        "postgresql://u:p%00@h/d",
+        "postgresql://u:p@h:port/d",
+    ],
+)
+def test_an_address_that_no_system_can_take_is_unreadable(url: str) -> None:
+    assert "unreadable" in fault(url)
+
+
+def test_an_option_of_a_wrong_kind_is_a_fault(file: Path) -> None:
+    assert "an option in the database URL is wrong" in fault(f"sqlite:///{file}?timeout=abc")
+
+
+def test_a_name_that_is_too_long_is_a_fault(file: Path) -> None:
+    assert "too long" in fault(f"sqlite:///{file.with_name('x' * 300)}")
+
+
 @pytest.mark.postgres
 def test_a_wrong_password_is_told_and_not_shown(postgres_server: PostgresServer) -> None:
     said = fault(postgres_server.url(password=SECRET))
