@@ -5,6 +5,7 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from datetime import UTC, datetime
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Barrier
 from typing import Any
@@ -13,7 +14,9 @@ from langgraph_peerctx.persistence.event_store import EventStore
 from langgraph_peerctx.protocol.messages import Interaction
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload([__name__, "alembic.command", "psycopg"])
+CONTEXT.set_forkserver_preload(
+    ["langgraph_peerctx.persistence.event_store", "alembic.command", "psycopg"]
+)
 
 
 def start(work: Callable[..., None], *arguments: Any) -> BaseProcess:
@@ -41,9 +44,9 @@ def open_together(url: str, together: Barrier) -> None:
         store.append("product", order(os.getpid()))
 
 
-def append_for_ever(url: str, acknowledged: int) -> None:
-    """Append until killed; each number that was acknowledged is written to a pipe."""
+def append_for_ever(url: str, acknowledged: Connection) -> None:
+    """Append until killed, and tell of each number that was acknowledged."""
     with EventStore(url) as store:
         for number in itertools.count():
             store.append("product", order(number))
-            os.write(acknowledged, f"{number}\n".encode())
+            acknowledged.send(number)
