@@ -1,0 +1,61 @@
+# Two commands do everything on a machine with Python 3.11, make, and (for test) Java 17 and Maven:
+#   make demo     the main job: three agents, one kill -9, one recovery; no Java
+#   make test     everything, a real Kafka and a real PostgreSQL included
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+SOURCES := langgraph_peerctx graphs tests
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types format bench clean
+
+help:
+	@echo "make demo    three agents, one kill -9, one recovery (about 20 s, no Java)"
+	@echo "make test    lint, types, layers, and all tests on a real Kafka and PostgreSQL"
+	@echo "make bench   figures, each beside its yardstick"
+	@echo "make format  format the code;  make clean  remove what was made here"
+
+demo: $(VENV)/demo
+	$(BIN)/python -m graphs.demo
+
+test: lint types
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check --quiet
+	$(BIN)/lint-imports --no-cache
+
+types: $(VENV)/dev
+	$(BIN)/mypy
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/dev
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+bench: $(VENV)/dev
+	$(BIN)/python tests/benchmarks/gather.py
+	$(BIN)/python tests/benchmarks/event_store.py
+
+clean:
+	rm -rf $(VENV) .cache bench-results .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# One environment; what each target needs is installed when it is first asked for, and again when
+# the project's metadata changes.
+$(VENV)/python:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/demo: $(VENV)/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[demo]'
+	touch $@
+
+$(VENV)/dev: $(VENV)/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[dev]'
+	touch $@ $(VENV)/demo

@@ -1,1 +1,79 @@
 """A killed LangGraph agent's workflow, recovered with what its peers remember."""
+
+from langgraph_peerctx.config import KafkaConfig, PeerContextSettings
+from langgraph_peerctx.errors import (
+    BrokerUnavailableError,
+    ConfigurationError,
+    InDoubtError,
+    PeerContextError,
+    ProtocolError,
+    RecoveryError,
+    SendOutcomeUnknownError,
+    StaleOwnerError,
+    StoreBusyError,
+    StoreError,
+    TooFewResponsesError,
+    UnknownChannelError,
+    UnknownTopicError,
+)
+from langgraph_peerctx.gathering.peer_context import Conflict, Coverage, Fact, PeerContext
+from langgraph_peerctx.messaging.agent_context_service import (
+    AgentContextService,
+    get_service_manager,
+)
+from langgraph_peerctx.messaging.consumer import KafkaMessageConsumer
+from langgraph_peerctx.messaging.context_handler import ContextRequestHandler
+from langgraph_peerctx.messaging.embedded_broker import EmbeddedBroker
+from langgraph_peerctx.messaging.producer import KafkaMessageProducer
+from langgraph_peerctx.nodes.state import PeerContextState, merge_peer_context
+from langgraph_peerctx.persistence.event_store import (
+    EventStore,
+    arecord_interaction,
+    get_event_store,
+    record_interaction,
+)
+from langgraph_peerctx.protocol.messages import InDoubtKey, Interaction
+from langgraph_peerctx.reconstruction.reconstructor import (
+    AgentReconstructor,
+    recover_and_resume_workflow_async,
+)
+from langgraph_peerctx.runtime import PeerContextRuntime
+
+__all__ = [
+    "AgentContextService",
+    "AgentReconstructor",
+    "BrokerUnavailableError",
+    "ConfigurationError",
+    "Conflict",
+    "ContextRequestHandler",
+    "Coverage",
+    "EmbeddedBroker",
+    "EventStore",
+    "Fact",
+    "InDoubtError",
+    "InDoubtKey",
+    "Interaction",
+    "KafkaConfig",
+    "KafkaMessageConsumer",
+    "KafkaMessageProducer",
+    "PeerContext",
+    "PeerContextError",
+    "PeerContextRuntime",
+    "PeerContextSettings",
+    "PeerContextState",
+    "ProtocolError",
+    "RecoveryError",
+    "SendOutcomeUnknownError",
+    "StaleOwnerError",
+    "StoreBusyError",
+    "StoreError",
+    "TooFewResponsesError",
+    "UnknownChannelError",
+    "UnknownTopicError",
+    "arecord_interaction",
+    "get_event_store",
+    "get_service_manager",
+    "merge_peer_context",
+    "record_interaction",
+    "recover_and_resume_workflow_async",
+]

@@ -4,7 +4,7 @@ import os
 import re
 import socket
 from ipaddress import ip_address
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -33,7 +33,7 @@ _PORT_LIMIT = 65_535
 class EnvironmentSettings(BaseSettings):
     """Frozen settings whose errors name the environment variable that is wrong."""
 
-    model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True)
+    model_config: ClassVar[SettingsConfigDict] = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True)
 
     def __init__(self, **values: Any) -> None:
         fields = type(self).model_fields
@@ -94,31 +94,39 @@ class KafkaConfig(EnvironmentSettings):
     """
 
     bootstrap_servers: Annotated[str, AfterValidator(_servers)] = Field(
-        "localhost:9092", validation_alias="KAFKA_BOOTSTRAP_SERVERS"
+        default="localhost:9092", validation_alias="KAFKA_BOOTSTRAP_SERVERS"
     )
     context_request_topic: TopicName = Field(
-        "agent.context.request", validation_alias="KAFKA_CONTEXT_REQUEST_TOPIC"
+        default="agent.context.request", validation_alias="KAFKA_CONTEXT_REQUEST_TOPIC"
     )
     context_response_topic_prefix: TopicName = Field(
-        "agent.context.response", validation_alias="KAFKA_CONTEXT_RESPONSE_TOPIC_PREFIX"
+        default="agent.context.response", validation_alias="KAFKA_CONTEXT_RESPONSE_TOPIC_PREFIX"
     )
-    presence_topic: TopicName = Field("agent.presence", validation_alias="KAFKA_PRESENCE_TOPIC")
+    presence_topic: TopicName = Field(
+        default="agent.presence", validation_alias="KAFKA_PRESENCE_TOPIC"
+    )
     consumer_group_prefix: TopicName = Field(
-        "paas-agent", validation_alias="KAFKA_CONSUMER_GROUP_PREFIX"
+        default="paas-agent", validation_alias="KAFKA_CONSUMER_GROUP_PREFIX"
     )
     security_protocol: SecurityProtocol = Field(
-        "PLAINTEXT", validation_alias="KAFKA_SECURITY_PROTOCOL"
+        default="PLAINTEXT", validation_alias="KAFKA_SECURITY_PROTOCOL"
     )
-    sasl_mechanism: SaslMechanism = Field("PLAIN", validation_alias="KAFKA_SASL_MECHANISM")
-    sasl_username: str | None = Field(None, validation_alias="KAFKA_SASL_USERNAME")
-    sasl_password: SecretStr | None = Field(None, validation_alias="KAFKA_SASL_PASSWORD")
-    ssl_ca_file: str | None = Field(None, validation_alias="KAFKA_SSL_CA_FILE")
-    ssl_cert_file: str | None = Field(None, validation_alias="KAFKA_SSL_CERT_FILE")
-    ssl_key_file: str | None = Field(None, validation_alias="KAFKA_SSL_KEY_FILE")
-    ssl_key_password: SecretStr | None = Field(None, validation_alias="KAFKA_SSL_KEY_PASSWORD")
+    sasl_mechanism: SaslMechanism = Field(default="PLAIN", validation_alias="KAFKA_SASL_MECHANISM")
+    sasl_username: str | None = Field(default=None, validation_alias="KAFKA_SASL_USERNAME")
+    sasl_password: SecretStr | None = Field(default=None, validation_alias="KAFKA_SASL_PASSWORD")
+    ssl_ca_file: str | None = Field(default=None, validation_alias="KAFKA_SSL_CA_FILE")
+    ssl_cert_file: str | None = Field(default=None, validation_alias="KAFKA_SSL_CERT_FILE")
+    ssl_key_file: str | None = Field(default=None, validation_alias="KAFKA_SSL_KEY_FILE")
+    ssl_key_password: SecretStr | None = Field(
+        default=None, validation_alias="KAFKA_SSL_KEY_PASSWORD"
+    )
     allow_insecure: bool = Field(default=False, validation_alias="KAFKA_ALLOW_INSECURE")
-    connect_timeout_seconds: Seconds = Field(5.0, validation_alias="KAFKA_CONNECT_TIMEOUT_SECONDS")
-    send_timeout_seconds: Seconds = Field(5.0, validation_alias="KAFKA_SEND_TIMEOUT_SECONDS")
+    connect_timeout_seconds: Seconds = Field(
+        default=5.0, validation_alias="KAFKA_CONNECT_TIMEOUT_SECONDS"
+    )
+    send_timeout_seconds: Seconds = Field(
+        default=5.0, validation_alias="KAFKA_SEND_TIMEOUT_SECONDS"
+    )
 
     @field_validator("ssl_ca_file", "ssl_cert_file", "ssl_key_file")
     @classmethod
@@ -171,35 +179,39 @@ class PeerContextSettings(EnvironmentSettings):
 
     kafka: KafkaConfig = Field(default_factory=KafkaConfig, validation_alias="PEER_CONTEXT_KAFKA")
     enabled: bool = Field(default=True, validation_alias="PEER_CONTEXT_ENABLED")
-    timeout_seconds: Seconds = Field(5.0, validation_alias="PEER_CONTEXT_TIMEOUT_SECONDS")
-    mock_mode: MockMode = Field("auto", validation_alias="PEER_CONTEXT_MOCK_MODE")
-    requester_id: Identifier = Field("reconstructor", validation_alias="PEER_CONTEXT_REQUESTER_ID")
+    timeout_seconds: Seconds = Field(default=5.0, validation_alias="PEER_CONTEXT_TIMEOUT_SECONDS")
+    mock_mode: MockMode = Field(default="auto", validation_alias="PEER_CONTEXT_MOCK_MODE")
+    requester_id: Identifier = Field(
+        default="reconstructor", validation_alias="PEER_CONTEXT_REQUESTER_ID"
+    )
     process_id: Identifier = Field(
         default_factory=default_process_id, validation_alias="PEER_CONTEXT_PROCESS_ID"
     )
     database_url: str = Field(
-        "sqlite:///peer_context.db", repr=False, validation_alias="PEER_CONTEXT_DATABASE_URL"
+        default="sqlite:///peer_context.db",
+        repr=False,
+        validation_alias="PEER_CONTEXT_DATABASE_URL",
     )
     control_database_url: str | None = Field(
-        None, repr=False, validation_alias="PEER_CONTEXT_CONTROL_DATABASE_URL"
+        default=None, repr=False, validation_alias="PEER_CONTEXT_CONTROL_DATABASE_URL"
     )
     database_timeout_seconds: Seconds = Field(
-        5.0, validation_alias="PEER_CONTEXT_DATABASE_TIMEOUT_SECONDS"
+        default=5.0, validation_alias="PEER_CONTEXT_DATABASE_TIMEOUT_SECONDS"
     )
     time_window_seconds: Seconds = Field(
-        3_600.0, validation_alias="PEER_CONTEXT_TIME_WINDOW_SECONDS"
+        default=3_600.0, validation_alias="PEER_CONTEXT_TIME_WINDOW_SECONDS"
     )
     max_message_bytes: int = Field(
-        262_144, ge=4_096, le=1_000_000, validation_alias="PEER_CONTEXT_MAX_MESSAGE_BYTES"
+        default=262_144, ge=4_096, le=1_000_000, validation_alias="PEER_CONTEXT_MAX_MESSAGE_BYTES"
     )
     max_interactions: int = Field(
-        200, ge=1, le=10_000, validation_alias="PEER_CONTEXT_MAX_INTERACTIONS"
+        default=200, ge=1, le=10_000, validation_alias="PEER_CONTEXT_MAX_INTERACTIONS"
     )
     max_responders: int = Field(
-        256, ge=1, le=10_000, validation_alias="PEER_CONTEXT_MAX_RESPONDERS"
+        default=256, ge=1, le=10_000, validation_alias="PEER_CONTEXT_MAX_RESPONDERS"
     )
     max_total_bytes: int = Field(
-        8_388_608, ge=4_096, validation_alias="PEER_CONTEXT_MAX_TOTAL_BYTES"
+        default=8_388_608, ge=4_096, validation_alias="PEER_CONTEXT_MAX_TOTAL_BYTES"
     )
 
     @field_validator("database_url", "control_database_url")

@@ -17,7 +17,7 @@ from langgraph_peerctx.messaging.transport import Transport
 from langgraph_peerctx.persistence.event_store import EventStore, get_event_store
 from langgraph_peerctx.protocol.messages import InDoubtKey
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 class PeerContextRuntime:
@@ -39,7 +39,7 @@ class PeerContextRuntime:
         transport: Transport | None = None,
         store: EventStore | None = None,
     ) -> None:
-        self.settings = settings or PeerContextSettings()
+        self.settings: PeerContextSettings = settings or PeerContextSettings()
         self._transport = transport
         self._borrowed = transport is not None
         self._store = store
@@ -121,7 +121,7 @@ class PeerContextRuntime:
         except BrokerUnavailableError as error:
             if settings.mock_mode == "never":
                 raise
-            logger.warning("the topics are not ready: %s", error)
+            _logger.warning("the topics are not ready: %s", error)
 
     async def close(self) -> None:
         """Close what is its own. Safe to call twice."""

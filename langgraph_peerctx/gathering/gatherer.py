@@ -23,7 +23,7 @@ from langgraph_peerctx.messaging.reply_inbox import ReplyInbox, Slot
 from langgraph_peerctx.messaging.transport import Transport
 from langgraph_peerctx.protocol.messages import ContextRequest, ContextResponse, InDoubtKey
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 OnAnswer = Callable[[ContextResponse], None]
 Enough = Callable[[Sequence[ContextResponse]], bool]

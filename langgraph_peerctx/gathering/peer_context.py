@@ -133,4 +133,5 @@ class PeerContext:
             for agent_id, state in self.memory.items()
             if state
         }
-        return {fact.interaction.interaction_id: fact.as_json() for fact in self.facts} | remembered
+        told: Json = {fact.interaction.interaction_id: fact.as_json() for fact in self.facts}
+        return told | remembered

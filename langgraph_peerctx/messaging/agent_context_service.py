@@ -37,7 +37,7 @@ from langgraph_peerctx.protocol.messages import (
     InDoubtAnswer,
 )
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 LOOK_BACK_RECORDS = 1_000
 """A service that was away still answers what has not expired meanwhile."""
@@ -70,8 +70,8 @@ class ContextResponder:
         transport: Transport | None = None,
         incarnation: str | None = None,
     ) -> None:
-        self.settings = settings or PeerContextSettings()
-        self.incarnation = incarnation or new_id()
+        self.settings: PeerContextSettings = settings or PeerContextSettings()
+        self.incarnation: str = incarnation or new_id()
         self.counters: Counter[str] = Counter()
         self._borrowed = transport
         self._transport: Transport | None = None
@@ -170,7 +170,7 @@ class ContextResponder:
             async with asyncio.timeout(seconds):
                 await subscription.positioned()
         except TimeoutError:
-            logger.warning("requests cannot be read yet: %s", subscription.lost)
+            _logger.warning("requests cannot be read yet: %s", subscription.lost)
 
     def _worker(self, number: int) -> "asyncio.Task[None]":
         return asyncio.create_task(self._work(), name=f"peerctx-responder-{number}")
@@ -218,7 +218,7 @@ class ContextResponder:
                 await self._answer(request, expires_at)
             except Exception:  # a service loop logs and goes on to the next record
                 self.counters["failed"] += 1
-                logger.exception("a request could not be answered")
+                _logger.exception("a request could not be answered")
 
     async def _answer(self, request: ContextRequest, expires_at: float) -> None:
         if expires_at < time.time():
@@ -227,7 +227,7 @@ class ContextResponder:
         topic = self.settings.kafka.get_response_topic(request.requester_id)
         if request.response_topic not in (None, topic):
             self.counters["foreign_response_topic"] += 1
-            logger.warning(
+            _logger.warning(
                 "%s asks for answers on %.200r: ignored, they go to %s",
                 request.requester_id,
                 request.response_topic,
@@ -245,7 +245,7 @@ class ContextResponder:
             self.counters["unknown_topic"] += 1
         except BrokerUnavailableError as error:
             self.counters["unanswered"] += 1
-            logger.warning("an answer to %s was not sent: %s", request.requester_id, error)
+            _logger.warning("an answer to %s was not sent: %s", request.requester_id, error)
         else:
             self.counters["answered"] += 1
 
@@ -382,7 +382,7 @@ class AgentContextService:
         responder: ContextResponder | None = None,
         handler: ContextRequestHandler | None = None,
     ) -> None:
-        self.agent_id = check_id(agent_id, "agent_id")
+        self.agent_id: str = check_id(agent_id, "agent_id")
         self._settings = settings
         self._store = store
         self._transport = transport
@@ -515,7 +515,7 @@ class AgentContextServiceManager:
             try:
                 await self.unregister_agent(agent_id)
             except PeerContextError:
-                logger.exception("the service of %s did not stop well", agent_id)
+                _logger.exception("the service of %s did not stop well", agent_id)
 
 
 _MANAGER = AgentContextServiceManager()

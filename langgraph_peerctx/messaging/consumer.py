@@ -15,7 +15,7 @@ from langgraph_peerctx.messaging.mock_transport import create_transport
 from langgraph_peerctx.messaging.transport import Record, Subscription, Transport
 from langgraph_peerctx.protocol.codec import MESSAGE_TYPES, decode
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 MessageDict: TypeAlias = dict[str, Any]
 Handler: TypeAlias = Callable[[MessageDict], Awaitable[None] | None]
@@ -52,11 +52,11 @@ class KafkaMessageConsumer:
     ) -> None:
         if isinstance(topics, str) or not topics:
             raise ConfigurationError("topics must be a list of at least one topic's name")
-        self.topics = list(topics)
-        self.group_id = group_id
+        self.topics: list[str] = list(topics)
+        self.group_id: str | None = group_id
         self.rejected: Counter[str] = Counter()
-        self.dropped = 0
-        self.failed = 0
+        self.dropped: int = 0
+        self.failed: int = 0
         self._settings = settings or PeerContextSettings()
         self._borrowed = transport
         self._subscription: Subscription | None = None
@@ -211,7 +211,7 @@ class KafkaMessageConsumer:
                     await outcome
             except Exception:  # a service loop logs and goes on to the next record
                 self.failed += 1
-                logger.exception("the handler of %s failed", message["message_type"])
+                _logger.exception("the handler of %s failed", message["message_type"])
 
     async def _until_positioned(self, subscription: Subscription) -> None:
         # A group's first join takes about three seconds: the broker waits for more members.
@@ -220,4 +220,4 @@ class KafkaMessageConsumer:
             async with asyncio.timeout(seconds):
                 await subscription.positioned()
         except TimeoutError:
-            logger.warning("%s cannot be read yet: %s", self.topics, subscription.lost)
+            _logger.warning("%s cannot be read yet: %s", self.topics, subscription.lost)

@@ -20,7 +20,7 @@ from langgraph_peerctx.protocol.messages import (
     Json,
 )
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 MayAnswer = Callable[[ContextRequest], bool]
 Redact = Callable[[Json], Json]
@@ -53,7 +53,7 @@ class ContextRequestHandler:
         redact: Redact | None = None,
         max_interactions: int = 200,
     ) -> None:
-        self.agent_id = check_id(agent_id, "agent_id")
+        self.agent_id: str = check_id(agent_id, "agent_id")
         self._store = store
         self._may_answer = may_answer
         self._memory_keys = None if memory_keys is None else frozenset(memory_keys)
@@ -136,7 +136,7 @@ class ContextRequestHandler:
         try:
             return self._told(request), self._settled(request)
         except StoreError as error:
-            logger.warning("the event store of %s cannot be asked: %s", self.agent_id, error)
+            _logger.warning("the event store of %s cannot be asked: %s", self.agent_id, error)
             reason = f"the event store cannot be asked ({type(error).__name__})"
             busy = AgentAnswer(agent_id=self.agent_id, status="busy", reason=reason)
             return busy, self._cannot_tell(request)

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from langgraph_peerctx.errors import BrokerUnavailableError, ConfigurationError
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 START_TIMEOUT_SECONDS = 10.0
 
@@ -34,7 +34,7 @@ class EmbeddedBroker:
     def __init__(self, topics: Collection[str] = ()) -> None:
         self._topics = list(topics)
         self._cluster: Any = None
-        self.bootstrap_servers = ""
+        self.bootstrap_servers: str = ""
 
     def __enter__(self) -> Self:
         try:
@@ -52,7 +52,7 @@ class EmbeddedBroker:
         except KafkaException as error:
             self._cluster = None
             raise BrokerUnavailableError(f"the embedded broker did not start: {error}") from error
-        logger.info(
+        _logger.info(
             "embedded broker at %s: for demos and tests, nothing is kept", self.bootstrap_servers
         )
         return self

@@ -16,6 +16,22 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, TypeAlias
 
+import aiokafka
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.conn import create_conn
+from aiokafka.errors import (
+    AuthenticationFailedError,
+    IllegalSaslStateError,
+    KafkaError,
+    ProducerClosed,
+    SaslAuthenticationFailed,
+    TopicAlreadyExistsError,
+    UnsupportedSaslMechanismError,
+    for_code,
+)
+from aiokafka.helpers import create_ssl_context
+
 from langgraph_peerctx.config import KafkaConfig
 from langgraph_peerctx.errors import (
     BrokerUnavailableError,
@@ -35,26 +51,7 @@ from langgraph_peerctx.messaging.transport import (
     TopicState,
 )
 
-try:
-    import aiokafka
-    from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-    from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
-    from aiokafka.conn import create_conn
-    from aiokafka.errors import (
-        AuthenticationFailedError,
-        IllegalSaslStateError,
-        KafkaError,
-        ProducerClosed,
-        SaslAuthenticationFailed,
-        TopicAlreadyExistsError,
-        UnsupportedSaslMechanismError,
-        for_code,
-    )
-    from aiokafka.helpers import create_ssl_context
-except ImportError:  # the extra-less install of a fork, or a broken one: mock mode serves
-    aiokafka = None
-
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_SECONDS = 4.0
 POLL_SECONDS = 0.25
@@ -286,8 +283,6 @@ class KafkaTransport:
 
     async def _started(self, make: Callable[[], Any], remains: Callable[[Any], "_Remains"]) -> Any:
         """Start a client within the connect deadline; a failed one is ended, or it would leak."""
-        if aiokafka is None:
-            raise BrokerUnavailableError("aiokafka is not installed: pip install aiokafka")
         client = make()
         # A start that is cancelled leaks its connection: it ends by itself, in the background.
         starting = asyncio.create_task(self._start(client), name="peerctx-start-client")
@@ -491,10 +486,10 @@ class KafkaSubscription:
                 if self._lost is None:
                     failures = 0
                 self._lost = str(error) or type(error).__name__
-                logger.info("reading was interrupted, trying again: %.200s", self._lost)
+                _logger.info("reading was interrupted, trying again: %.200s", self._lost)
             except Exception as error:  # a service loop logs and goes on
                 self._lost = f"{type(error).__name__}: {error}"
-                logger.exception("reading failed, trying again")
+                _logger.exception("reading failed, trying again")
             else:
                 continue
             await _wait_for(self._stopping, RETRY_SECONDS[min(failures, len(RETRY_SECONDS) - 1)])
@@ -546,7 +541,7 @@ class KafkaSubscription:
                 )
             )
         except Exception:  # a service loop logs and goes on to the next record
-            logger.exception("a record on %s could not be taken", record.topic)
+            _logger.exception("a record on %s could not be taken", record.topic)
 
 
 class _Reader:
@@ -668,7 +663,7 @@ async def _cut_short(*tasks: "asyncio.Future[None] | None") -> None:
         await asyncio.wait(pending, timeout=CLOSE_TIMEOUT_SECONDS / 8)
     for task in waiting:
         if task.done() and not task.cancelled() and task.exception() is not None:
-            logger.debug("a client's own stop failed: %r", task.exception())
+            _logger.debug("a client's own stop failed: %r", task.exception())
 
 
 def _consumer_remains(consumer: Any) -> _Remains:

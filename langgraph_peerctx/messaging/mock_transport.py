@@ -10,7 +10,6 @@ from collections.abc import Awaitable, Callable, Collection
 
 from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.errors import BrokerUnavailableError, PeerContextError, UnknownTopicError
-from langgraph_peerctx.messaging.kafka_transport import KafkaTransport
 from langgraph_peerctx.messaging.transport import (
     Delivery,
     From,
@@ -23,7 +22,12 @@ from langgraph_peerctx.messaging.transport import (
     Transport,
 )
 
-logger = logging.getLogger(__name__)
+try:
+    from langgraph_peerctx.messaging.kafka_transport import KafkaTransport
+except ImportError:  # aiokafka is missing or broken: mock mode serves
+    KafkaTransport = None  # type: ignore[assignment, misc]  # asked for below
+
+_logger = logging.getLogger(__name__)
 
 PROBE_SECONDS = 2.0
 """How often a broker that is away is looked for."""
@@ -34,9 +38,16 @@ def create_transport(settings: PeerContextSettings) -> Transport:
 
     `never`: Kafka, or an error. `always`: mock mode. `auto`: Kafka, and mock mode while there is
     none.
+
+    Raises:
+        BrokerUnavailableError: If aiokafka is not installed, and mock mode is `never`.
     """
     if settings.mock_mode == "always":
         return MockTransport("mock mode was asked for (PEER_CONTEXT_MOCK_MODE=always)")
+    if KafkaTransport is None:
+        if settings.mock_mode == "never":
+            raise BrokerUnavailableError("aiokafka is not installed: pip install aiokafka")
+        return MockTransport("aiokafka is not installed")
     kafka = KafkaTransport(settings.kafka, max_message_bytes=settings.max_message_bytes)
     return kafka if settings.mock_mode == "never" else AutoTransport(kafka, kafka.address)
 
@@ -58,7 +69,7 @@ class MockTransport:
 
     async def start(self) -> None:
         """Say aloud that nothing will be sent."""
-        logger.warning("mock mode: nothing is sent, nothing is received: %s", self._reason)
+        _logger.warning("mock mode: nothing is sent, nothing is received: %s", self._reason)
 
     async def send(
         self,
@@ -69,7 +80,7 @@ class MockTransport:
         headers: Headers = (),  # noqa: ARG002 - the interface
     ) -> Delivery:
         """Log the sending."""
-        logger.info("mock mode: %d bytes for %s are not sent", len(value), topic)
+        _logger.info("mock mode: %d bytes for %s are not sent", len(value), topic)
         return "mock"
 
     async def subscribe(
@@ -217,11 +228,11 @@ class AutoTransport:
             try:
                 await self._kafka.start()
             except PeerContextError as error:
-                logger.info("still in mock mode: %s", error)
+                _logger.info("still in mock mode: %s", error)
             else:
                 self._mock = None
                 self._mocked.clear()
-                logger.warning("Kafka at %s is there again: mock mode is left", self._address)
+                _logger.warning("Kafka at %s is there again: mock mode is left", self._address)
 
 
 class AutoSubscription:

@@ -27,7 +27,7 @@ from langgraph_peerctx.protocol.messages import (
     Message,
 )
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 _INTERACTIONS: TypeAdapter[tuple[Interaction, ...]] = TypeAdapter(tuple[Interaction, ...])
 

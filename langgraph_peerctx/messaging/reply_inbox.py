@@ -18,7 +18,7 @@ from langgraph_peerctx.messaging.transport import Offsets, Record, Subscription,
 from langgraph_peerctx.protocol.codec import decode
 from langgraph_peerctx.protocol.messages import ContextResponse
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 REMEMBERED_CORRELATIONS = 1_000
 """How many ended gathers are remembered, so that late answers are counted as such."""
@@ -77,7 +77,7 @@ class ReplyInbox:
             async with asyncio.timeout(timeout_seconds):
                 await self._subscription.positioned()
         except TimeoutError:
-            logger.warning("the reply topic %s cannot be read yet: %s", self._topic, self.lost)
+            _logger.warning("the reply topic %s cannot be read yet: %s", self._topic, self.lost)
 
     async def close(self) -> None:
         """Stop reading. Safe to call twice."""

@@ -75,19 +75,23 @@ class Subscription(Protocol):
     @property
     def offsets(self) -> Offsets:
         """The next record to read in each partition; empty before the first positioning."""
+        ...
 
     @property
     def lost(self) -> str | None:
         """Why nothing can arrive at the moment (mock mode, broker gone, topic gone), or None."""
+        ...
 
     async def positioned(self) -> None:
         """Wait until it is certain that whatever is sent from now on will be read.
 
         In mock mode it returns at once. The caller sets the deadline.
         """
+        ...
 
     async def close(self) -> None:
         """Stop reading; afterwards `OnRecord` is not called again. Safe to call twice."""
+        ...
 
 
 class Transport(Protocol):
@@ -96,6 +100,7 @@ class Transport(Protocol):
     @property
     def degraded(self) -> tuple[str, ...]:
         """Why results that come about now are not the whole truth; empty when all is well."""
+        ...
 
     async def start(self) -> None:
         """Connect, within the connect deadline.
@@ -104,6 +109,7 @@ class Transport(Protocol):
             BrokerUnavailableError: If there is no broker, and mock mode is `never`.
             ConfigurationError: If the broker refuses the credentials.
         """
+        ...
 
     async def send(
         self, topic: str, value: bytes, *, key: bytes | None = None, headers: Headers = ()
@@ -114,6 +120,7 @@ class Transport(Protocol):
             SendOutcomeUnknownError: If the broker did not answer in time.
             BrokerUnavailableError: If it is not there, or the topic does not exist.
         """
+        ...
 
     async def subscribe(
         self,
@@ -124,6 +131,7 @@ class Transport(Protocol):
         group_id: str | None = None,
     ) -> Subscription:
         """Read topics from now on (or from `start`), without a group unless one is named."""
+        ...
 
     async def ensure_topics(self, topics: Collection[TopicSpec]) -> None:
         """Make the topics that are missing; those that exist are left as they are.
@@ -131,6 +139,7 @@ class Transport(Protocol):
         Raises:
             BrokerUnavailableError: If the broker is not there, or does not let us.
         """
+        ...
 
     async def describe_topics(self, names: Collection[str]) -> dict[str, TopicState]:
         """Return each named topic as the broker has it; never creates one.
@@ -138,6 +147,8 @@ class Transport(Protocol):
         Raises:
             BrokerUnavailableError: If the broker is not there.
         """
+        ...
 
     async def close(self) -> None:
         """Close everything within the close deadline, whatever the broker does. Safe twice."""
+        ...

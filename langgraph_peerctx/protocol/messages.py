@@ -4,7 +4,7 @@ What a later release will need is here from the start: run, epoch, attempt and i
 reader of version 1 refuses any other version rather than guess.
 """
 
-from typing import Annotated, Final, Literal, TypeAlias
+from typing import Annotated, ClassVar, Final, Literal, TypeAlias
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue
 
@@ -26,7 +26,7 @@ Window = Annotated[float, Field(gt=0, le=366 * 86_400, allow_inf_nan=False)]
 class Frozen(BaseModel):
     """A value that crosses a process boundary."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, strict=True, extra="forbid")
 
 
 class Interaction(Frozen):

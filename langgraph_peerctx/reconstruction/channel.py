@@ -74,7 +74,7 @@ def _shape_of(annotation: Any) -> Shape | None:
     if origin in (Annotated, Required, NotRequired):
         return _shape_of(get_args(annotation)[0])
     if origin in (Union, UnionType):
-        shapes = (_shape_of(member) for member in get_args(annotation))
+        shapes: list[Shape | None] = [_shape_of(member) for member in get_args(annotation)]
         return next((shape for shape in shapes if shape is not None), None)
     declared = origin or annotation
     if declared in (Any, object):

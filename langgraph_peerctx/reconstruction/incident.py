@@ -11,7 +11,7 @@ from typing import TypeAlias, TypedDict
 from langgraph_peerctx.identifiers import new_id
 from langgraph_peerctx.protocol.messages import Json
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 class StepRecord(TypedDict):
@@ -122,7 +122,7 @@ class Incident:
 
     def _report(self, record: StepRecord) -> None:
         self.steps.append(record)
-        logger.info(
+        _logger.info(
             "%s %s in %.3f s",
             record["step"],
             record["outcome"],

@@ -45,7 +45,7 @@ from langgraph_peerctx.reconstruction.workflow import (
     thread_config,
 )
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 class RecoveryResult(TypedDict):
@@ -257,7 +257,7 @@ async def _look_again(order: RecoveryOrder, incident: Incident) -> CheckpointVie
                 timeout_seconds=order.settings.database_timeout_seconds,
             )
         except PeerContextError:  # the run counts, whatever keeps us from seeing its end
-            logger.warning(
+            _logger.warning(
                 "the workflow was run, and its checkpoint cannot be read",
                 exc_info=True,
                 extra={"thread_id": order.query.thread_id},
@@ -293,7 +293,7 @@ def _concluded(
     undelivered = delivery.shortfalls if order.query.use_peer_context else ()
     shortfalls = [*evidence["reasons"], *undelivered, *ending.shortfalls]
     if shortfalls:
-        logger.warning(
+        _logger.warning(
             "recovered without all that was asked for: %s",
             ", ".join(reason.partition(":")[0] for reason in shortfalls),
             extra={"incident_id": incident.incident_id, "thread_id": incident.thread_id},

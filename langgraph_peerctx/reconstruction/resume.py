@@ -14,7 +14,7 @@ from langgraph_peerctx.reconstruction.checkpoint import CheckpointView
 from langgraph_peerctx.reconstruction.isolation import in_empty_context
 from langgraph_peerctx.reconstruction.workflow import Workflow, input_keys
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 Action = Literal["resume", "restart", "stop"]
 RecoveryStatus = Literal[
@@ -220,7 +220,7 @@ async def resume_workflow(
             name=f"resume {config['configurable']['thread_id']}",
         )
     except Exception as error:  # the recovery decides: a workflow may raise anything
-        logger.exception(
+        _logger.exception(
             "the workflow raised while it was recovered",
             extra={"thread_id": config["configurable"]["thread_id"]},
         )

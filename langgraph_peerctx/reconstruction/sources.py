@@ -31,6 +31,7 @@ class OwnEvents(Protocol):
         limit: int = 200,
     ) -> list[Interaction]:
         """Return an agent's own events of a thread, newest first."""
+        ...
 
 
 class ContextRuntime(Protocol):
@@ -39,10 +40,12 @@ class ContextRuntime(Protocol):
     @property
     def settings(self) -> PeerContextSettings:
         """The settings it was built with."""
+        ...
 
     @property
     def store(self) -> OwnEvents:
         """The agent's own event store."""
+        ...
 
     async def gather(
         self,
@@ -58,6 +61,7 @@ class ContextRuntime(Protocol):
         on_answer: OnAnswer | None = None,
     ) -> PeerContext:
         """Ask the peers what they remember; ends with the window at the latest."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,6 @@ from langgraph_peerctx.errors import (
     SendOutcomeUnknownError,
     UnknownTopicError,
 )
-from langgraph_peerctx.messaging import kafka_transport
 from langgraph_peerctx.messaging.kafka_transport import KafkaTransport
 from langgraph_peerctx.messaging.transport import From, Record, Subscription, TopicSpec
 
@@ -290,15 +289,6 @@ async def test_on_another_loop_it_says_so(kafka: KafkaServer) -> None:
 
         with pytest.raises(ConfigurationError, match="belongs to the event loop"):
             await asyncio.to_thread(elsewhere)
-
-
-async def test_without_aiokafka_it_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, kafka: KafkaServer
-) -> None:
-    monkeypatch.setattr(kafka_transport, "aiokafka", None)
-    transport = KafkaTransport(KafkaConfig(bootstrap_servers=kafka.bootstrap_servers))
-    with pytest.raises(BrokerUnavailableError, match="pip install aiokafka"):
-        await transport.start()
 
 
 async def test_a_send_to_a_frozen_broker_ends_at_its_deadline_unknown(
