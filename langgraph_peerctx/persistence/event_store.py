@@ -51,6 +51,9 @@ T = TypeVar("T")
 LIMIT = 200
 """How many interactions a query returns when nobody says."""
 
+OPENING_TIMEOUT_SECONDS = 30.0
+"""Longer than a query: a new database is brought to this release first, by us or by others."""
+
 _TOLD = select(*(interactions.c[name] for name in FIELDS)).where(
     interactions.c.agent_id == bindparam("agent_id")
 )
@@ -262,9 +265,12 @@ class EventStore:
         self._rows(_PING)
 
     def close(self) -> None:
-        """Close every connection. Safe to call twice; what still works in a thread may finish."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        """Close every connection. Safe to call twice.
+
+        What works in a thread may finish; what still waits for one finds the store closed.
+        """
         self._opened.close()
+        self._threads.shutdown(wait=False)  # to cancel would look as if the caller had been
 
     def __enter__(self) -> Self:
         return self
@@ -392,6 +398,23 @@ def get_event_store(url: str | None = None) -> EventStore:
         return store
 
 
+async def aget_event_store(url: str | None = None) -> EventStore:
+    """Return this process's store at an address, without blocking the loop.
+
+    See `get_event_store`.
+
+    Raises:
+        StoreBusyError: If opening it takes longer than `OPENING_TIMEOUT_SECONDS`.
+    """
+    try:
+        async with asyncio.timeout(OPENING_TIMEOUT_SECONDS):
+            return await asyncio.to_thread(get_event_store, url)
+    except TimeoutError:
+        raise StoreBusyError(
+            f"the database was not open within {OPENING_TIMEOUT_SECONDS:g} s: try again"
+        ) from None
+
+
 def _unlock_in_a_forked_child() -> None:
     global _sharing  # noqa: PLW0603 - a thread that the child does not have may hold it
     _sharing = threading.Lock()
@@ -488,7 +511,7 @@ async def arecord_interaction(
 
     See `record_interaction`.
     """
-    where = await asyncio.to_thread(get_event_store) if store is None else store
+    where = await aget_event_store() if store is None else store
     return await where.in_thread(partial(record_interaction, store=where, **fields))
 
 

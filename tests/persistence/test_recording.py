@@ -1,15 +1,19 @@
 """`record_interaction`, and the store that a process shares."""
 
+import sqlite3
 import threading
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from langgraph_peerctx.errors import ConfigurationError, ProtocolError, StoreError
+from langgraph_peerctx.errors import ConfigurationError, ProtocolError, StoreBusyError, StoreError
+from langgraph_peerctx.persistence import event_store
 from langgraph_peerctx.persistence.event_store import (
     EventStore,
+    aget_event_store,
     arecord_interaction,
     get_event_store,
     record_interaction,
@@ -108,6 +112,22 @@ def test_another_address_has_another_store(address: str, tmp_path: Path) -> None
     assert get_event_store(address) is get_event_store()
     other.close()
     get_event_store().close()
+
+
+async def test_the_async_twin_returns_the_same_store(address: str) -> None:
+    assert await aget_event_store() is get_event_store(address)
+    get_event_store().close()
+
+
+async def test_opening_for_ever_is_given_up(
+    file: Path, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(event_store, "OPENING_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setenv("PEER_CONTEXT_DATABASE_TIMEOUT_SECONDS", "1")
+    with closing(sqlite3.connect(file, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(StoreBusyError, match="not open within"):
+            await aget_event_store(address)
 
 
 @pytest.mark.usefixtures("address")

@@ -184,6 +184,15 @@ async def test_cancelling_is_not_swallowed_and_leaves_the_store_usable(
     assert 2 in numbers(impatient)
 
 
+async def test_closing_cancels_nobody_who_waits(file: Path, impatient: EventStore) -> None:
+    with locked(file):
+        waiting = [impatient.aappend("product", order(number)) for number in range(20)]
+        answers = asyncio.gather(*waiting, return_exceptions=True)
+        await asyncio.sleep(0)
+        impatient.close()
+        assert {type(answer) for answer in await answers} == {StoreBusyError, StoreError}
+
+
 async def test_more_callers_than_connections_take_turns(url: str) -> None:
     with EventStore(url) as store:
         events = [order(number) for number in range(100)]
