@@ -1,0 +1,1 @@
+"""Three agents in three processes: product, marketing and inventory."""
