@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import psycopg
@@ -77,6 +78,32 @@ def test_terminated_connections_are_replaced(
         end_connections_of(postgres_server, postgres_url)
         store.remember("product", "inventory", {"stock": 1})
         assert store.memory_of("product", "inventory") == {"stock": 1}
+
+
+def test_a_connection_that_ends_inside_a_transaction_is_tried_again_from_its_start(
+    postgres_server: PostgresServer, postgres_url: str
+) -> None:
+    with EventStore(postgres_url) as store, ThreadPoolExecutor(1) as threads:
+        with closing(psycopg.connect(postgres_url)) as other:
+            other.execute("LOCK TABLE peerctx_interactions")
+            appending = threads.submit(store.append_many, "product", [order(1), order(2)])
+            wait_for_its_lock(postgres_server)
+            postgres_server.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event_type = "
+                "'Lock'"
+            )
+            wait_for_its_lock(postgres_server)
+            assert not appending.done()
+        assert appending.result(10) == 2
+        assert numbers(store) == [2, 1]
+
+
+def wait_for_its_lock(server: PostgresServer) -> None:
+    deadline = time.monotonic() + 5
+    while not server.execute(
+        "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND state = 'active'"
+    ):
+        assert time.monotonic() < deadline
 
 
 def test_a_server_that_was_ended_at_once_lost_nothing_and_is_found_again(
