@@ -33,7 +33,9 @@ _PORT_LIMIT = 65_535
 class EnvironmentSettings(BaseSettings):
     """Frozen settings whose errors name the environment variable that is wrong."""
 
-    model_config: ClassVar[SettingsConfigDict] = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True)
+    model_config: ClassVar[SettingsConfigDict] = SettingsConfigDict(
+        frozen=True, extra="ignore", env_ignore_empty=True
+    )
 
     def __init__(self, **values: Any) -> None:
         fields = type(self).model_fields

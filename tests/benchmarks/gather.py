@@ -36,7 +36,9 @@ from services.kafka import KafkaServer
 
 from langgraph_peerctx.config import KafkaConfig, PeerContextSettings
 from langgraph_peerctx.messaging.agent_context_service import AgentContextService
+from langgraph_peerctx.messaging.kafka_transport import KafkaTransport
 from langgraph_peerctx.messaging.topics import topics_for
+from langgraph_peerctx.messaging.transport import TopicSpec
 from langgraph_peerctx.persistence.event_store import EventStore
 from langgraph_peerctx.protocol.codec import encode
 from langgraph_peerctx.protocol.messages import AgentAnswer, ContextResponse, Interaction
@@ -299,9 +301,6 @@ def measure(peers: int, rounds: int, asks: int) -> dict[str, Any]:
 
 
 async def make_topics(address: str) -> None:
-    from langgraph_peerctx.messaging.kafka_transport import KafkaTransport
-    from langgraph_peerctx.messaging.transport import TopicSpec
-
     config = KafkaConfig(bootstrap_servers=address)
     transport = KafkaTransport(config)
     await transport.start()
