@@ -153,6 +153,7 @@ class AutoTransport:
         self._mock: MockTransport | None = None
         self._mocked = asyncio.Event()
         self._probing: asyncio.Task[None] | None = None
+        self._owed: dict[str, TopicSpec] = {}
 
     @property
     def degraded(self) -> tuple[str, ...]:
@@ -192,7 +193,9 @@ class AutoTransport:
         return AutoSubscription(self, inner)
 
     async def ensure_topics(self, topics: Collection[TopicSpec]) -> None:
-        """See `Transport.ensure_topics`; nothing in mock mode."""
+        """See `Transport.ensure_topics`; in mock mode, they are made when the broker is there."""
+        if self._mock is not None:
+            self._owed.update((topic.name, topic) for topic in topics)
         await self._current.ensure_topics(topics)
 
     async def describe_topics(self, names: Collection[str]) -> dict[str, TopicState]:
@@ -227,12 +230,20 @@ class AutoTransport:
             await self._pause(PROBE_SECONDS)
             try:
                 await self._kafka.start()
+                await self._make_what_is_owed()
             except PeerContextError as error:
                 _logger.info("still in mock mode: %s", error)
             else:
                 self._mock = None
                 self._mocked.clear()
                 _logger.warning("Kafka at %s is there again: mock mode is left", self._address)
+
+    async def _make_what_is_owed(self) -> None:
+        try:
+            await self._kafka.ensure_topics(list(self._owed.values()))
+        except BrokerUnavailableError as error:  # we may not: they may be there all the same
+            _logger.warning("the topics are not ready: %s", error)
+        self._owed.clear()
 
 
 class AutoSubscription:

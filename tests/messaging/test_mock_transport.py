@@ -5,7 +5,6 @@ import logging
 
 import pytest
 from fakes import FakeBroker, FakeTransport
-from services.kafka import free_ports
 
 from langgraph_peerctx.config import KafkaConfig, PeerContextSettings
 from langgraph_peerctx.errors import (
@@ -144,16 +143,18 @@ def test_the_mode_chooses_the_transport(monkeypatch: pytest.MonkeyPatch) -> None
         made("never")
 
 
-async def test_a_broker_that_comes_late_is_used_without_anybody_doing_anything(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(mock_transport, "PROBE_SECONDS", 0.1)
-    (port,) = free_ports(1)
-    settings = PeerContextSettings(kafka=KafkaConfig(bootstrap_servers=f"127.0.0.1:{port}"))
-    transport = create_transport(settings)
+async def test_topics_that_were_asked_for_in_mock_mode_are_made_when_the_broker_is_there() -> None:
+    broker, pause = FakeBroker(), Pause()
+    kafka = Absent(broker)
+    transport = AutoTransport(kafka, "h:1", pause=pause)
     await transport.start()
-    assert transport.degraded
-    assert await transport.send("t", b"x") == "mock"
+    await transport.ensure_topics([TopicSpec(name="t")])
+    assert broker.topics == {}
+    await asyncio.sleep(0)
+    kafka.fault = None
+    await pause.end()
+    assert transport.degraded == ()
+    assert list(broker.topics) == ["t"]
     await transport.close()
 
 
