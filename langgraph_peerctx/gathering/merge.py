@@ -4,6 +4,8 @@ import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from operator import attrgetter
+from typing import TypeAlias
 
 from langgraph_peerctx.gathering.peer_context import Conflict, Fact
 from langgraph_peerctx.protocol.messages import (
@@ -12,6 +14,9 @@ from langgraph_peerctx.protocol.messages import (
     Interaction,
     Json,
 )
+
+_Told: TypeAlias = dict[str, dict[str, Interaction]]
+"""Interaction id -> agent id -> its version; agents in the order of their names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,34 +60,44 @@ def merge(
         max_bytes: The newest interactions that fit into so many bytes of JSON are kept; by default
             all are.
     """
-    told: dict[str, dict[str, Interaction]] = {}
+    told: _Told = {}
     memory: dict[str, Json] = {}
     truncated: set[str] = set()
     misfits = 0
-    for agent_id, answer in sorted(
-        ((a.agent_id, a) for response in responses for a in response.agents), key=lambda a: a[0]
-    ):
+    by_responder = sorted(responses, key=attrgetter("responder_id"))
+    answers = sorted((a for r in by_responder for a in r.agents), key=attrgetter("agent_id"))
+    for answer in answers:
+        agent_id = answer.agent_id
         if answer.truncated:
             truncated.add(agent_id)
         if answer.memory_state:
             memory.setdefault(agent_id, answer.memory_state)
+        parties = {(agent_id, failed_agent_id), (failed_agent_id, agent_id)}
         for interaction in answer.interactions:
-            if _fits(interaction, agent_id, failed_agent_id, thread_id):
-                told.setdefault(interaction.interaction_id, {}).setdefault(agent_id, interaction)
-            else:
+            if (
+                interaction.thread_id != thread_id
+                or (interaction.from_agent, interaction.to_agent) not in parties
+            ):
                 misfits += 1
-    kept = _newest_within(told, max_bytes)
-    truncated.update(agent for key in told.keys() - kept for agent in told[key])
+            elif (versions := told.get(interaction.interaction_id)) is not None:
+                versions.setdefault(agent_id, interaction)
+            else:
+                told[interaction.interaction_id] = {agent_id: interaction}
+    if max_bytes is not None:
+        kept = _newest_within(told, max_bytes)
+        truncated.update(agent for key in told.keys() - kept.keys() for agent in told[key])
+        told = kept
     return Merged(
         facts=tuple(
-            Fact(interaction=_first(told[key]), told_by=tuple(sorted(told[key])))
-            for key in _causal_order({key: told[key] for key in kept})
+            # Answers came in the order of their agents: so do their names.
+            Fact(interaction=_first(told[key]), told_by=tuple(told[key]))
+            for key in _causal_order(told)
         ),
         memory=memory,
         in_doubt=_settled(answer for response in responses for answer in response.in_doubt),
         conflicts=tuple(
-            Conflict(interaction_id=key, versions=dict(told[key]))
-            for key in sorted(kept)
+            Conflict(interaction_id=key, versions=told[key])
+            for key in sorted(key for key, versions in told.items() if len(versions) > 1)
             if _contradict(told[key].values())
         ),
         truncated=tuple(sorted(truncated)),
@@ -90,70 +105,66 @@ def merge(
     )
 
 
-def _fits(interaction: Interaction, agent_id: str, failed_agent_id: str, thread_id: str) -> bool:
-    parties = (interaction.from_agent, interaction.to_agent)
-    return interaction.thread_id == thread_id and parties in (
-        (agent_id, failed_agent_id),
-        (failed_agent_id, agent_id),
-    )
-
-
 def _first(versions: Mapping[str, Interaction]) -> Interaction:
-    return versions[min(versions)] if len(versions) > 1 else next(iter(versions.values()))
+    """Return the version of the agent that sorts first."""
+    return next(iter(versions.values()))
 
 
 def _contradict(versions: Iterable[Interaction]) -> bool:
     """Tell whether versions differ in more than when and where each agent recorded them."""
-    versions = list(versions)
-    if len(versions) == 1:
-        return False
     bodies = [v.model_copy(update={"sequence": None, "occurred_at": None}) for v in versions]
     return any(body != bodies[0] for body in bodies)
 
 
-def _newest_within(
-    told: Mapping[str, Mapping[str, Interaction]], max_bytes: int | None
-) -> set[str]:
-    if max_bytes is None:
-        return set(told)
-    kept: set[str] = set()
+def _newest_within(told: _Told, max_bytes: int) -> _Told:
+    kept: _Told = {}
     room = max_bytes
-    newest_first = sorted(
-        ((_first(versions).occurred_at.timestamp(), key) for key, versions in told.items()),
-        reverse=True,
-    )
-    for _, key in newest_first:
+    when = _when(told)
+    for key in sorted(told, key=when.__getitem__, reverse=True):
         room -= len(_first(told[key]).model_dump_json())
         if room < 0:
             break
-        kept.add(key)
+        kept[key] = told[key]
     return kept
 
 
-def _causal_order(told: Mapping[str, Mapping[str, Interaction]]) -> list[str]:
-    """Sort by time of occurrence, but never against what one agent's sequence says."""
+def _when(told: _Told) -> dict[str, tuple[float, str]]:
+    """Return when each interaction happened, by its first version; the id decides a tie."""
     # As numbers: comparing moments of different time zone objects costs ten times as much.
-    when = {key: (_first(versions).occurred_at.timestamp(), key) for key, versions in told.items()}
-    by_time = sorted(told, key=when.__getitem__)
-    recorded = _recorded(told)
-    place = {key: number for number, key in enumerate(by_time)}
-    if all(
-        place[earlier] < place[later]
-        for keys in recorded.values()
-        for earlier, later in pairwise(keys)
-    ):
+    return {key: (_first(told[key]).occurred_at.timestamp(), key) for key in told}
+
+
+def _causal_order(told: _Told) -> list[str]:
+    """Sort by time of occurrence, but never against what one agent's sequence says."""
+    when = _when(told)
+    by_time = [key for _, key in sorted(when.values())]
+    if _rises(told[key] for key in by_time):
         return by_time
-    return _sorted_topologically(by_time, recorded.values(), when)
+    return _sorted_topologically(by_time, _recorded(told), when)
 
 
-def _recorded(told: Mapping[str, Mapping[str, Interaction]]) -> dict[str, list[str]]:
-    """Return agent -> the ids that it told of, in the order in which it recorded them."""
+def _rises(versions: Iterable[Mapping[str, Interaction]]) -> bool:
+    """Tell whether each agent's own sequence rises in this order."""
+    last: dict[str, int] = {}
+    for by_agent in versions:
+        for agent_id, interaction in by_agent.items():
+            sequence = interaction.sequence
+            if sequence is None:
+                continue
+            if sequence < last.get(agent_id, 0):
+                return False
+            last[agent_id] = sequence
+    return True
+
+
+def _recorded(told: _Told) -> list[list[str]]:
+    """Return, for each agent, the ids that it told of in the order in which it recorded them."""
     recorded: dict[str, list[tuple[int, str]]] = {}
     for key, versions in told.items():
         for agent_id, interaction in versions.items():
             if interaction.sequence is not None:
                 recorded.setdefault(agent_id, []).append((interaction.sequence, key))
-    return {agent_id: [key for _, key in sorted(rows)] for agent_id, rows in recorded.items()}
+    return [[key for _, key in sorted(rows)] for rows in recorded.values()]
 
 
 def _sorted_topologically(

@@ -78,7 +78,7 @@ def remembered(agent_id: str) -> list[Interaction]:
 
 
 async def until_told(pipe: Connection) -> None:
-    """Say that we are ready, then live until the parent closes its end."""
+    """Say that we are ready, then live until the parent says so, or is gone."""
     pipe.send("ready")
     gone = asyncio.Event()
     asyncio.get_running_loop().add_reader(pipe.fileno(), gone.set)
@@ -170,8 +170,7 @@ def children(kinds: list[Any], count: int, folder: str) -> Iterator[list[Connect
     try:
         yield pipes
     finally:
-        for pipe in pipes:
-            pipe.close()
+        end(pipes)
         for process in processes:
             process.join(10)
             if process.is_alive():
@@ -185,6 +184,14 @@ def wake(pipes: list[Connection], address: str) -> None:
         if not pipe.poll(120):
             raise SystemExit("a process did not become ready within 120 s")
         pipe.recv()
+
+
+def end(pipes: list[Connection]) -> None:
+    """Tell every process to end; closing is not enough, later ones hold copies of our ends."""
+    for pipe in pipes:
+        with contextlib.suppress(OSError):
+            pipe.send("end")
+        pipe.close()
 
 
 class Floor:
@@ -294,6 +301,7 @@ def measure(peers: int, rounds: int, asks: int) -> dict[str, Any]:
         wake(pipes, address)
         result = asyncio.run(warm(address, folder, peers, rounds, asks))
         fresh = [fresh_process(address, folder, peers) for _ in range(10)]
+        end(pipes)
         result["connect_ms"] = round(1_000 * statistics.median(c for c, _ in fresh), 1)
         result["first_gather_ms"] = round(1_000 * statistics.median(g for _, g in fresh), 1)
         result["first_gather_max_ms"] = round(1_000 * max(g for _, g in fresh), 1)
