@@ -33,10 +33,13 @@ from langgraph_peerctx.persistence.event_store import (
     record_interaction,
 )
 from langgraph_peerctx.protocol.messages import InDoubtKey, Interaction
+from langgraph_peerctx.reconstruction.evidence import Reconstruction
+from langgraph_peerctx.reconstruction.incident import IncidentRecord
 from langgraph_peerctx.reconstruction.reconstructor import (
     AgentReconstructor,
     recover_and_resume_workflow_async,
 )
+from langgraph_peerctx.reconstruction.recovery import RecoveryResult
 from langgraph_peerctx.runtime import PeerContextRuntime
 
 __all__ = [
@@ -52,6 +55,7 @@ __all__ = [
     "Fact",
     "InDoubtError",
     "InDoubtKey",
+    "IncidentRecord",
     "Interaction",
     "KafkaConfig",
     "KafkaMessageConsumer",
@@ -62,7 +66,9 @@ __all__ = [
     "PeerContextSettings",
     "PeerContextState",
     "ProtocolError",
+    "Reconstruction",
     "RecoveryError",
+    "RecoveryResult",
     "SendOutcomeUnknownError",
     "StaleOwnerError",
     "StoreBusyError",

@@ -33,7 +33,7 @@ MARKS: dict[State, str] = {
 }
 DATABASE_TIMEOUT_SECONDS = 4.0
 
-app = typer.Typer(
+app: typer.Typer = typer.Typer(
     help="Recover killed LangGraph agents with what their peers remember.",
     no_args_is_help=True,
     add_completion=False,

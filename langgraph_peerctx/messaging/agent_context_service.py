@@ -59,8 +59,8 @@ class ContextResponder:
 
     Attributes:
         counters: What was taken and what was not, by reason: `answered`, `expired`, `repeated`,
-            `throttled`, `overrun`, `unknown_topic`, `foreign_response_topic`, `unanswered`, and
-            `rejected.<fault>`.
+            `throttled`, `overrun`, `not_addressed`, `unknown_topic`, `foreign_response_topic`,
+            `unanswered`, `failed`, and `rejected.<fault>`.
     """
 
     def __init__(
@@ -181,7 +181,9 @@ class ContextResponder:
         if request is None:
             return
         expires_at = record.timestamp_ms / 1_000 + request.lifetime_seconds
-        if not self._is_first(request.message_id):
+        if request.addressees and not self._is_meant(request.addressees):
+            self.counters["not_addressed"] += 1
+        elif not self._is_first(request.message_id):
             self.counters["repeated"] += 1
         elif expires_at < time.time():
             self.counters["expired"] += 1
@@ -191,6 +193,11 @@ class ContextResponder:
             self.counters["overrun"] += 1
         else:
             self._requests.put_nowait((request, expires_at))
+
+    def _is_meant(self, addressees: tuple[str, ...]) -> bool:
+        return not self._handlers.keys().isdisjoint(addressees) or (
+            self.settings.process_id in addressees
+        )
 
     def _valid(self, record: Record) -> ContextRequest | None:
         try:

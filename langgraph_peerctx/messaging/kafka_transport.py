@@ -5,7 +5,7 @@ stay pending for ever while the broker is away, whatever `request_timeout_ms` sa
 dead broker raises `CancelledError` into its caller and leaks tasks; a failed start leaks its
 client; a broker that accepts and never answers holds `start()` for a whole timeout per bootstrap
 entry; a deleted topic is silence. So every call has a deadline of ours, every client is ended by
-`_end`, and a subscription watches that fetches are answered and rebuilds its client if not.
+`end_client`, and a subscription watches that fetches are answered and rebuilds its client if not.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import aiokafka
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
@@ -40,30 +40,30 @@ from langgraph_peerctx.errors import (
     SendOutcomeUnknownError,
     UnknownTopicError,
 )
+from langgraph_peerctx.messaging.client_ending import (
+    CLOSE_TIMEOUT_SECONDS,
+    Remains,
+    end_client,
+)
+from langgraph_peerctx.messaging.kafka_subscription import (
+    POLL_SECONDS,
+    KafkaSubscription,
+    Reader,
+)
 from langgraph_peerctx.messaging.transport import (
     Delivery,
     From,
     Headers,
-    Offsets,
     OnRecord,
-    Record,
     TopicSpec,
     TopicState,
 )
 
 _logger = logging.getLogger(__name__)
 
-CLOSE_TIMEOUT_SECONDS = 4.0
-POLL_SECONDS = 0.25
-STALE_AFTER_SECONDS = 3.0
-"""A fetch is answered at least every `FETCH_WAIT_SECONDS`; six missed answers are an outage.
-
-Where the connect deadline is longer, links are slow, and it counts instead.
-"""
 FETCH_WAIT_SECONDS = 0.5
 EMBEDDED_FETCH_WAIT_SECONDS = 0.01
 """The embedded broker never wakes a waiting fetch: each hop would cost the whole wait."""
-RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0)
 UNKNOWN_TOPIC_RECHECK_SECONDS = 1.0
 
 
@@ -148,21 +148,23 @@ class KafkaTransport:
         *,
         start: From | None = None,
         group_id: str | None = None,
-    ) -> "KafkaSubscription":
+    ) -> KafkaSubscription:
         """Read topics; see `Transport.subscribe`. Returns at once; the reading starts by itself."""
         self._check_usable()
-        reader: _Reader | _GroupReader
+        reader: Reader
         make: Callable[[], Awaitable[Any]]
         if group_id is None:
-            reader, make = _Reader(topics, start or From()), self._new_consumer
+            reader, make = _AssigningReader(topics, start or From()), self._new_consumer
         else:
             reader, make = _GroupReader(topics), partial(self._new_group_consumer, group_id)
         subscription = KafkaSubscription(
             reader,
             make,
+            _end_consumer,
             on_record,
             self._subscriptions.discard,
             connect_seconds=self._config.connect_timeout_seconds,
+            client_errors=KafkaError,
         )
         self._subscriptions.add(subscription)
         return subscription
@@ -281,7 +283,7 @@ class KafkaTransport:
             }
         return options
 
-    async def _started(self, make: Callable[[], Any], remains: Callable[[Any], "_Remains"]) -> Any:
+    async def _started(self, make: Callable[[], Any], remains: Callable[[Any], Remains]) -> Any:
         """Start a client within the connect deadline; a failed one is ended, or it would leak."""
         client = make()
         # A start that is cancelled leaks its connection: it ends by itself, in the background.
@@ -415,139 +417,19 @@ class KafkaTransport:
     def _end_in_background(
         self,
         stop: Callable[[], Awaitable[None]],
-        remains: "_Remains",
+        remains: Remains,
         *,
         after: "asyncio.Task[None] | None" = None,
     ) -> None:
-        task = asyncio.create_task(_end(stop, remains, after), name="peerctx-end-client")
+        task = asyncio.create_task(end_client(stop, remains, after), name="peerctx-end-client")
         self._endings.add(task)
         task.add_done_callback(self._endings.discard)
 
 
-class KafkaSubscription:
-    """A reading that heals itself: when fetches are no longer answered, its client is rebuilt.
-
-    The age of the last answered fetch is the health signal: aiokafka says nothing of a broker
-    that went away, came back, or deleted the topic, but each answer moves
-    `last_poll_timestamp`.
-    """
-
-    def __init__(
-        self,
-        reader: "_Reader | _GroupReader",
-        make_consumer: Callable[[], Awaitable[Any]],
-        on_record: OnRecord,
-        forget: Callable[["KafkaSubscription"], None],
-        *,
-        connect_seconds: float,
-    ) -> None:
-        self._stale_seconds = max(STALE_AFTER_SECONDS, connect_seconds)
-        self._position_seconds = 3 * connect_seconds + reader.JOINING_SECONDS
-        self._reader = reader
-        self._make_consumer = make_consumer
-        self._on_record = on_record
-        self._forget = forget
-        self._stopping = asyncio.Event()
-        self._positioned = asyncio.Event()
-        self._lost: str | None = "not connected yet"
-        self.task = asyncio.create_task(self._read(), name="peerctx-subscription")
-
-    @property
-    def offsets(self) -> Offsets:
-        """See `Subscription.offsets`."""
-        return dict(self._reader.offsets)
-
-    @property
-    def lost(self) -> str | None:
-        """See `Subscription.lost`."""
-        return self._lost
-
-    async def positioned(self) -> None:
-        """See `Subscription.positioned`."""
-        await self._positioned.wait()
-
-    def stop_reading(self) -> None:
-        """Ask the reading to end; `close` waits for it."""
-        self._stopping.set()
-
-    async def close(self) -> None:
-        """See `Subscription.close`."""
-        self.stop_reading()
-        self._forget(self)
-        await asyncio.wait({self.task}, timeout=CLOSE_TIMEOUT_SECONDS + 1)
-
-    async def _read(self) -> None:
-        failures = 0
-        while not self._stopping.is_set():
-            try:
-                await self._read_until_it_fails()
-                failures = 0
-            except (PeerContextError, KafkaError, OSError, TimeoutError) as error:
-                if self._lost is None:
-                    failures = 0
-                self._lost = str(error) or type(error).__name__
-                _logger.info("reading was interrupted, trying again: %.200s", self._lost)
-            except Exception as error:  # a service loop logs and goes on
-                self._lost = f"{type(error).__name__}: {error}"
-                _logger.exception("reading failed, trying again")
-            else:
-                continue
-            await _wait_for(self._stopping, RETRY_SECONDS[min(failures, len(RETRY_SECONDS) - 1)])
-            failures += 1
-
-    async def _read_until_it_fails(self) -> None:
-        consumer = await self._make_consumer()
-        try:
-            async with asyncio.timeout(self._position_seconds):
-                await self._reader.position(consumer)
-            self._lost = None
-            self._positioned.set()
-            await self._pump(consumer)
-        finally:
-            await _shielded(_end(consumer.stop, _consumer_remains(consumer)))
-
-    async def _pump(self, consumer: Any) -> None:
-        answered_at, last = time.monotonic(), None
-        while not self._stopping.is_set():
-            # Never cancelled from outside: that would leak a waiter each time.
-            batches = await consumer.getmany(timeout_ms=int(POLL_SECONDS * 1_000))
-            for partition, records in batches.items():
-                for record in records:
-                    self._hand_over(partition, record)
-            if batches:
-                await self._reader.handed_over(consumer)
-                await asyncio.sleep(0)  # a flood must not keep the loop to itself
-            now, answers = time.monotonic(), self._reader.answers(consumer)
-            if batches or answers != last:
-                answered_at, last = now, answers
-            elif now - answered_at > self._stale_seconds:
-                raise BrokerUnavailableError(
-                    f"no fetch was answered for {self._stale_seconds:g} s: "
-                    "the broker or the topic is gone"
-                )
-
-    def _hand_over(self, partition: Any, record: Any) -> None:
-        self._reader.offsets[partition.topic, partition.partition] = record.offset + 1
-        try:
-            self._on_record(
-                Record(
-                    topic=record.topic,
-                    value=record.value,
-                    headers=tuple(record.headers),
-                    key=record.key,
-                    partition=record.partition,
-                    offset=record.offset,
-                    timestamp_ms=record.timestamp,
-                )
-            )
-        except Exception:  # a service loop logs and goes on to the next record
-            _logger.exception("a record on %s could not be taken", record.topic)
-
-
-class _Reader:
+class _AssigningReader:
     """Partitions assigned by hand: no group, no three seconds of joining."""
 
-    JOINING_SECONDS = 0.0
+    joining_seconds = 0.0
 
     def __init__(self, topics: Collection[str], start: From) -> None:
         self._topics = list(topics)
@@ -556,16 +438,11 @@ class _Reader:
 
     async def position(self, consumer: Any) -> None:
         """Assign every partition and seek, with nothing awaited in between: no fetch goes first."""
-        known = await _all_topics(consumer._client)
-        missing = [topic for topic in self._topics if topic not in known]
-        if missing:
-            raise UnknownTopicError(
-                f"there is no topic {', '.join(missing)}: make it with `peerctx topics --create`"
-            )
+        counts = await _partition_counts(consumer, self._topics)
         partitions = [
             aiokafka.TopicPartition(topic, number)
-            for topic in self._topics
-            for number in range(known[topic])
+            for topic, count in counts.items()
+            for number in range(count)
         ]
         ends = await consumer.end_offsets(partitions)
         beginnings = await consumer.beginning_offsets(partitions)
@@ -574,7 +451,8 @@ class _Reader:
             wanted = self.offsets.get(
                 (partition.topic, partition.partition), ends[partition] - self._start.back
             )
-            offset = min(max(wanted, beginnings[partition]), ends[partition])
+            # Beyond the end: the topic was made anew, and all that it holds is new to us.
+            offset = max(wanted if wanted <= ends[partition] else 0, beginnings[partition])
             consumer.seek(partition, offset)
             self.offsets[partition.topic, partition.partition] = offset
 
@@ -589,7 +467,7 @@ class _Reader:
 class _GroupReader:
     """A consumer group, for users who want one: at least once, committed after handing over."""
 
-    JOINING_SECONDS = 30.0
+    joining_seconds = 30.0
 
     def __init__(self, topics: Collection[str]) -> None:
         self._topics = list(topics)
@@ -597,12 +475,7 @@ class _GroupReader:
 
     async def position(self, consumer: Any) -> None:
         """Join; the first poll brings the assignment."""
-        known = await _all_topics(consumer._client)
-        missing = [topic for topic in self._topics if topic not in known]
-        if missing:
-            raise UnknownTopicError(
-                f"there is no topic {', '.join(missing)}: make it with `peerctx topics --create`"
-            )
+        await _partition_counts(consumer, self._topics)
         consumer.subscribe(self._topics)
         while not consumer.assignment():  # noqa: ASYNC110 - the client has no event for it
             await asyncio.sleep(POLL_SECONDS)
@@ -622,51 +495,14 @@ class _GroupReader:
         )
 
 
-_Remains: TypeAlias = Callable[[], tuple[Callable[[], None], list[Any], Any]]
-"""What a client leaves when its own stop fails: how to release who waits for it, its tasks, and
-the owner of its connections. They have no public names: the pin in pyproject.toml is for them."""
+# What a client leaves has no public names: the pin in pyproject.toml is for them.
 
 
-async def _end(
-    stop: Callable[[], Awaitable[None]],
-    remains: _Remains,
-    after: "asyncio.Task[None] | None" = None,
-) -> None:
-    """Stop a client of aiokafka for good: within the deadline, whatever its own stop does.
-
-    A start that is still under way is let end first.
-    """
-    if after is not None and not after.done():
-        await asyncio.wait({after}, timeout=CLOSE_TIMEOUT_SECONDS / 2)
-        after.cancel()
-        await asyncio.wait({after}, timeout=CLOSE_TIMEOUT_SECONDS / 4)
-    stopping = asyncio.ensure_future(stop())
-    await asyncio.wait({stopping}, timeout=CLOSE_TIMEOUT_SECONDS / 2)
-    release, tasks, client = remains()
-    if not stopping.done():
-        release()
-    if client is not None:  # its connections first: tasks may wait for answers on them
-        await _cut_short(asyncio.ensure_future(client.close()))
-    await _cut_short(stopping, *tasks)
+async def _end_consumer(consumer: Any) -> None:
+    await end_client(consumer.stop, _consumer_remains(consumer))
 
 
-async def _cut_short(*tasks: "asyncio.Future[None] | None") -> None:
-    """Wait a moment for tasks to end, then cancel them; what they raise is of no interest now."""
-    waiting = {task for task in tasks if task is not None}
-    for _ in range(2):
-        pending = {task for task in waiting if not task.done()}
-        if pending:
-            await asyncio.wait(pending, timeout=CLOSE_TIMEOUT_SECONDS / 8)
-        for task in pending:
-            task.cancel()
-    if pending := {task for task in waiting if not task.done()}:
-        await asyncio.wait(pending, timeout=CLOSE_TIMEOUT_SECONDS / 8)
-    for task in waiting:
-        if task.done() and not task.cancelled() and task.exception() is not None:
-            _logger.debug("a client's own stop failed: %r", task.exception())
-
-
-def _consumer_remains(consumer: Any) -> _Remains:
+def _consumer_remains(consumer: Any) -> Remains:
     def remains() -> tuple[Callable[[], None], list[Any], Any]:
         fetcher, coordinator = consumer._fetcher, consumer._coordinator
         tasks = [*fetcher._pending_tasks, fetcher._fetch_task] if fetcher else []
@@ -682,7 +518,7 @@ def _consumer_remains(consumer: Any) -> _Remains:
     return remains
 
 
-def _producer_remains(producer: Any) -> _Remains:
+def _producer_remains(producer: Any) -> Remains:
     def remains() -> tuple[Callable[[], None], list[Any], Any]:
         sender = producer._sender
         return (
@@ -694,30 +530,12 @@ def _producer_remains(producer: Any) -> _Remains:
     return remains
 
 
-def _client_remains(client: Any) -> _Remains:
+def _client_remains(client: Any) -> Remains:
     return lambda: (_nothing, [], client)
 
 
 def _nothing() -> None:
     """Nothing has to be released."""
-
-
-async def _shielded(ending: Awaitable[None]) -> None:
-    """Await to the end even if the waiter is cancelled meanwhile; then it is cancelled."""
-    task = asyncio.ensure_future(ending)
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait({task}, timeout=2 * CLOSE_TIMEOUT_SECONDS)
-        raise
-
-
-async def _wait_for(event: asyncio.Event, seconds: float) -> None:
-    waiting = asyncio.ensure_future(event.wait())
-    try:
-        await asyncio.wait({waiting}, timeout=seconds)
-    finally:
-        waiting.cancel()
 
 
 async def _all_topics(client: Any) -> dict[str, int]:
@@ -727,6 +545,21 @@ async def _all_topics(client: Any) -> dict[str, int]:
         topic: len(cluster.partitions_for_topic(topic) or ())
         for topic in cluster.topics(exclude_internal_topics=False)
     }
+
+
+async def _partition_counts(consumer: Any, topics: Collection[str]) -> dict[str, int]:
+    """Return topic -> number of partitions.
+
+    Raises:
+        UnknownTopicError: If one does not exist.
+    """
+    known = await _all_topics(consumer._client)
+    missing = [topic for topic in topics if topic not in known]
+    if missing:
+        raise UnknownTopicError(
+            f"there is no topic {', '.join(missing)}: make it with `peerctx topics --create`"
+        )
+    return {topic: known[topic] for topic in topics}
 
 
 async def _touch(client: Any, names: Iterable[str]) -> None:

@@ -63,6 +63,7 @@ class From:
     """Where a subscription starts, in each partition.
 
     `offsets` wins where it names a partition; else `back` records before the end (0: at the end).
+    An offset beyond the end means the beginning: the topic was made anew since it was noted.
     """
 
     back: int = 0

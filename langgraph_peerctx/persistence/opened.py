@@ -18,7 +18,7 @@ class Opened:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.closed = False
+        self.closed: bool = False
         self._pid = os.getpid()
         self._file = file_of(engine)
         self._identity = self._look()

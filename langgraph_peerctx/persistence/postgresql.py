@@ -20,7 +20,7 @@ class DeadlineConnection(psycopg.Connection[Any]):
     acknowledges for it.
     """
 
-    patience_seconds = 5.0
+    patience_seconds: float = 5.0
 
     def wait(self, gen: Generator[Any, Any, T], *args: Any, **options: Any) -> T:
         """Wait for the server, and close the connection if it says nothing in time."""

@@ -23,7 +23,7 @@ from sqlalchemy import (
     text,
 )
 
-metadata = MetaData(
+metadata: MetaData = MetaData(
     naming_convention={
         "uq": "uq_%(table_name)s_%(column_0_N_name)s",
         "ck": "ck_%(table_name)s_%(constraint_name)s",
@@ -44,7 +44,7 @@ def _where(condition: str) -> dict[str, Any]:
 
 # The event store: each agent's own memory.
 
-stores = Table(
+stores: Table = Table(
     "peerctx_stores",
     metadata,
     Column("store_id", Text, primary_key=True),
@@ -52,7 +52,7 @@ stores = Table(
     comment="When this store was made: it knows nothing of what was before.",
 )
 
-interactions = Table(
+interactions: Table = Table(
     "peerctx_interactions",
     metadata,
     Column("sequence", _ROW_NUMBER, primary_key=True, autoincrement=True),
@@ -81,7 +81,7 @@ interactions = Table(
     comment="What passed between two agents, as agent_id remembers it.",
 )
 
-memories = Table(
+memories: Table = Table(
     "peerctx_memories",
     metadata,
     Column("agent_id", Text, nullable=False),
@@ -92,7 +92,7 @@ memories = Table(
     comment="What an agent chose to remember of another, beside the interactions.",
 )
 
-receipts = Table(
+receipts: Table = Table(
     "peerctx_receipts",
     metadata,
     Column("agent_id", Text, nullable=False),
@@ -109,7 +109,7 @@ receipts = Table(
     comment="An effect that arrived at agent_id, recorded before it acts.",
 )
 
-barred_keys = Table(
+barred_keys: Table = Table(
     "peerctx_barred_keys",
     metadata,
     Column("agent_id", Text, nullable=False),
@@ -123,7 +123,7 @@ barred_keys = Table(
 
 # The control database: shared with the recoverers.
 
-leases = Table(
+leases: Table = Table(
     "peerctx_leases",
     metadata,
     Column("agent_id", Text, nullable=False),
@@ -140,7 +140,7 @@ leases = Table(
     comment="Who may write a thread: one row a thread, its epoch rises with each owner.",
 )
 
-runs = Table(
+runs: Table = Table(
     "peerctx_runs",
     metadata,
     Column("run_id", Text, primary_key=True),
@@ -172,7 +172,7 @@ runs = Table(
     comment="Every admitted input and how its run ended; a run without an end has crashed.",
 )
 
-effects = Table(
+effects: Table = Table(
     "peerctx_effects",
     metadata,
     Column("agent_id", Text, nullable=False),
@@ -194,7 +194,7 @@ effects = Table(
     comment="Side effects: meant, and what came of them. An intent alone is in doubt.",
 )
 
-incidents = Table(
+incidents: Table = Table(
     "peerctx_incidents",
     metadata,
     Column("incident_id", Text, primary_key=True),

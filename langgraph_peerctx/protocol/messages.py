@@ -82,6 +82,7 @@ class ContextRequest(Envelope):
     """What do you remember of this agent in this thread?
 
     `message_id` is new at each sending, `correlation_id` stays: answers carry it.
+    `addressees` are the processes or agents that are asked; without any, everybody is.
     `response_topic` is accepted because others send it, and never obeyed: the topic follows from
     `requester_id`.
     """
@@ -98,6 +99,7 @@ class ContextRequest(Envelope):
     max_interactions: Annotated[int, Field(ge=1, le=10_000)] = 200
     lifetime_seconds: Annotated[float, Field(gt=0, le=3_600)] = REQUEST_LIFETIME_SECONDS
     in_doubt: Annotated[tuple[InDoubtKey, ...], Field(max_length=1_000)] = ()
+    addressees: Annotated[tuple[Identifier, ...], Field(max_length=1_000)] = ()
     response_topic: str | None = None
 
 

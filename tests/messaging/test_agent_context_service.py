@@ -1,6 +1,7 @@
 """One process, one answer: the peer's side of the protocol."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,6 +13,7 @@ from fakes import FakeBroker, FakeTransport
 from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.errors import BrokerUnavailableError, ProtocolError, StoreError
 from langgraph_peerctx.messaging.agent_context_service import (
+    WORKERS,
     AgentContextService,
     AgentContextServiceManager,
     ContextResponder,
@@ -32,6 +34,15 @@ from langgraph_peerctx.protocol.messages import (
 
 REQUESTS, REPLIES = "agent.context.request", "agent.context.response.asker"
 SETTINGS = PeerContextSettings(process_id="process-1", mock_mode="always")
+
+RESPONSE: dict[str, Any] = {
+    "sent_at": datetime.now(UTC),
+    "correlation_id": "c1",
+    "responder_id": "process-2",
+    "failed_agent_id": "product",
+    "thread_id": "t",
+    "agents": (),
+}
 
 
 @pytest.fixture
@@ -211,6 +222,7 @@ async def test_poison_is_counted_by_its_fault_and_skipped(
         for poison in (None, b"\xff", b"{", b"[" * 100_000, b"x" * 300_000, b"[]"):
             broker.store(REQUESTS, poison)
         broker.store(REQUESTS, encode(request()).replace(b'"asker"', b'"../x"'))
+        broker.store(REQUESTS, encode(ContextResponse(**RESPONSE)))
         ask(broker)
         await answers(broker)
     rejected = {k: v for k, v in responder.counters.items() if k.startswith("rejected.")}
@@ -222,6 +234,7 @@ async def test_poison_is_counted_by_its_fault_and_skipped(
         "rejected.too_large": 1,
         "rejected.not_an_object": 1,
         "rejected.field": 1,
+        "rejected.message_type": 1,
     }
 
 
@@ -279,6 +292,71 @@ async def test_a_store_that_fails_makes_the_answer_busy_with_a_reason(
     assert answer.agents[0].status == "busy"
     assert answer.agents[0].reason == "the event store cannot be asked (StoreError)"
     assert [a.verdict for a in answer.in_doubt] == ["cannot_tell"]
+
+
+async def test_a_closed_store_makes_every_agent_of_the_process_busy(
+    broker: FakeBroker, responder: ContextResponder, store: EventStore
+) -> None:
+    async with (
+        AgentContextService("marketing", responder=responder, store=store),
+        AgentContextService("inventory", responder=responder, store=store),
+    ):
+        store.close()
+        ask(broker)
+        (answer,) = await answers(broker)
+    assert [agent.status for agent in answer.agents] == ["busy", "busy"]
+    assert all("StoreError" in (agent.reason or "") for agent in answer.agents)
+
+
+async def test_a_handler_that_breaks_costs_one_answer_and_not_the_service(
+    broker: FakeBroker, responder: ContextResponder, store: EventStore
+) -> None:
+    class Broken(ContextRequestHandler):
+        def answer(self, request: ContextRequest) -> Any:
+            if request.correlation_id == "c0":
+                raise ZeroDivisionError
+            return super().answer(request)
+
+    handler = Broken("marketing", store=store)
+    async with AgentContextService("marketing", responder=responder, handler=handler):
+        ask(broker, correlation_id="c0")
+        ask(broker)
+        (answer,) = await answers(broker)
+    assert answer.correlation_id == "c1"
+    assert responder.counters["failed"] == 1
+
+
+@pytest.mark.parametrize("addressee", ["process-1", "marketing"])
+async def test_a_request_with_addressees_is_answered_by_them_alone(
+    broker: FakeBroker, responder: ContextResponder, store: EventStore, addressee: str
+) -> None:
+    async with AgentContextService("marketing", responder=responder, store=store):
+        ask(broker, addressees=("inventory", "process-2"), correlation_id="c0")
+        ask(broker, addressees=("inventory", addressee))
+        (answer,) = await answers(broker)
+    assert answer.correlation_id == "c1"
+    assert responder.counters["not_addressed"] == 1
+
+
+async def test_a_request_that_expires_while_it_waits_is_not_answered(
+    broker: FakeBroker, responder: ContextResponder, store: EventStore
+) -> None:
+    class Slow(ContextRequestHandler):
+        def answer(self, request: ContextRequest) -> Any:
+            time.sleep(0.3)
+            return super().answer(request)
+
+    handler = Slow("marketing", store=store)
+    async with AgentContextService("marketing", responder=responder, handler=handler):
+        for number in range(WORKERS):
+            ask(broker, correlation_id=f"c{number}")
+        ask(broker, correlation_id="late", lifetime_seconds=0.2)
+        await answers(broker, WORKERS)
+        await nothing_happens(responder, "expired")
+
+
+async def test_a_responder_that_does_not_run_says_so() -> None:
+    assert ContextResponder(SETTINGS).degraded == ("the context service is not running",)
 
 
 async def test_a_policy_may_decline(

@@ -61,6 +61,7 @@ requests = st.builds(
     failed_agent_id=identifiers,
     thread_id=identifiers,
     time_window_seconds=st.floats(0.001, 86_400),
+    addressees=st.lists(identifiers, max_size=3).map(tuple),
     in_doubt=st.lists(
         st.builds(
             InDoubtKey,

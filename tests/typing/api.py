@@ -1,0 +1,108 @@
+"""The package as a user writes it: checked by mypy's strict mode, never run."""
+
+from typing import Annotated, Any, TypedDict
+
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.graph import START, StateGraph
+
+from langgraph_peerctx import (
+    AgentContextService,
+    AgentReconstructor,
+    ContextRequestHandler,
+    EmbeddedBroker,
+    EventStore,
+    Interaction,
+    KafkaConfig,
+    KafkaMessageConsumer,
+    KafkaMessageProducer,
+    PeerContext,
+    PeerContextRuntime,
+    PeerContextSettings,
+    PeerContextState,
+    Reconstruction,
+    RecoveryResult,
+    arecord_interaction,
+    get_service_manager,
+    merge_peer_context,
+    record_interaction,
+    recover_and_resume_workflow_async,
+)
+from langgraph_peerctx.messaging.kafka_config import get_kafka_config, get_response_topic
+
+
+class State(PeerContextState):
+    topic: str
+
+
+class StateOfItsOwn(TypedDict, total=False):
+    peer_context: Annotated[dict[str, Any], merge_peer_context]
+
+
+def settings() -> PeerContextSettings:
+    config: KafkaConfig = get_kafka_config()
+    topic: str = get_response_topic("reconstructor")
+    servers: str = config.bootstrap_servers
+    del topic, servers
+    with EmbeddedBroker() as broker:
+        return PeerContextSettings(kafka=KafkaConfig(bootstrap_servers=broker.bootstrap_servers))
+
+
+async def handle(message: dict[str, Any]) -> None:
+    del message
+
+
+async def messages() -> None:
+    async with KafkaMessageProducer() as producer:
+        receipt = await producer.publish_context_request(
+            requester_id="reconstructor", failed_agent_id="product-agent-1", thread_id="thread-1"
+        )
+        correlation_id: str = receipt.correlation_id
+        del correlation_id
+    async with KafkaMessageConsumer(topics=["agent.context.request"], group_id="g") as consumer:
+        consumer.register_handler("REQUEST_CONTEXT", handle)
+        collected: list[dict[str, Any]] = await consumer.collect_messages(timeout=5.0)
+        del collected
+
+
+async def answering(store: EventStore) -> None:
+    handler = ContextRequestHandler("marketing-agent-1", store=store)
+    told: list[dict[str, Any]] = handler.query_interactions_with_agent("a", "thread-1", 60.0)
+    async with AgentContextService("marketing-agent-1", store=store, handler=handler) as service:
+        agent_id: str = service.agent_id
+    manager = get_service_manager()
+    await manager.register_agent("marketing-agent-1")
+    await manager.stop_all()
+    del told, agent_id
+
+
+async def remembering(store: EventStore) -> Interaction:
+    record_interaction(
+        agent_id="a", from_agent="a", to_agent="b", thread_id="t", kind="order", store=store
+    )
+    return await arecord_interaction(
+        agent_id="a", from_agent="a", to_agent="b", thread_id="t", kind="order", payload={"n": 1}
+    )
+
+
+async def gathering() -> list[tuple[str, tuple[str, ...]]]:
+    async with PeerContextRuntime() as runtime:
+        context: PeerContext = await runtime.gather(
+            failed_agent_id="product-agent-1", thread_id="thread-1", expect=["marketing-agent-1"]
+        )
+    return [(fact.interaction.kind, fact.told_by) for fact in context.facts]
+
+
+async def recovering() -> str:
+    builder = StateGraph(State)
+    builder.add_node("write", lambda state: {"topic": state["topic"]})
+    builder.add_edge(START, "write")
+    workflow = builder.compile(checkpointer=InMemorySaver())
+    result: RecoveryResult = await recover_and_resume_workflow_async(
+        workflow=workflow, agent_id="product-agent-1", thread_id="thread-1"
+    )
+    reconstructor = AgentReconstructor(enable_peer_context=True, peer_context_timeout=5.0)
+    evidence: Reconstruction = await reconstructor.reconstruct_async(
+        agent_id="product-agent-1", thread_id="thread-1"
+    )
+    del evidence
+    return result["status"]
