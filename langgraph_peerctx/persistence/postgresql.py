@@ -1,16 +1,22 @@
 """What we ask of psycopg beyond its defaults: the only module that imports it."""
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from typing import Any, Self, TypeVar
 
 import psycopg
 from psycopg.errors import QueryCanceled
+from sqlalchemy import Connection
 
 T = TypeVar("T")
 
 _LEAST_CONNECT_SECONDS = 2
 """What libpq makes of anything shorter."""
+
+
+_GRACE_SECONDS = 0.5
+"""Beyond the server's own timeout: the server says better what it waited for."""
 
 
 class DeadlineConnection(psycopg.Connection[Any]):
@@ -49,6 +55,21 @@ class DeadlineConnection(psycopg.Connection[Any]):
         return connection
 
 
+@contextmanager
+def patience(connection: Connection, seconds: float) -> Iterator[None]:
+    """Give the statements of the open transaction so much time, whatever the connection's."""
+    driver = connection.connection.dbapi_connection
+    assert isinstance(driver, DeadlineConnection)  # noqa: S101 - `connecting` made it
+    milliseconds = int(seconds * 1_000)
+    connection.exec_driver_sql(f"SET LOCAL statement_timeout = {milliseconds}")
+    connection.exec_driver_sql(f"SET LOCAL lock_timeout = {milliseconds}")
+    before, driver.patience_seconds = driver.patience_seconds, seconds + _GRACE_SECONDS
+    try:
+        yield
+    finally:
+        driver.patience_seconds = before
+
+
 def connecting(timeout_seconds: float) -> Callable[..., DeadlineConnection]:
     """Return what makes SQLAlchemy's connections, as its `do_connect` event wants it."""
     milliseconds = int(timeout_seconds * 1_000)
@@ -63,9 +84,10 @@ def connecting(timeout_seconds: float) -> Callable[..., DeadlineConnection]:
     ) -> DeadlineConnection:
         # The user's own options, a search_path for instance, stay.
         options = f"{parameters.get('options', '')} {limits}".strip()
-        # A little beyond the server's own timeout: the server says better what it waited for.
         return DeadlineConnection.patient(
-            timeout_seconds + 0.5, *arguments, **(parameters | deadlines | {"options": options})
+            timeout_seconds + _GRACE_SECONDS,
+            *arguments,
+            **(parameters | deadlines | {"options": options}),
         )
 
     return connect

@@ -98,6 +98,7 @@ receipts: Table = Table(
     Column("agent_id", Text, nullable=False),
     Column("effect_key", Text, nullable=False),
     Column("sender_id", Text, nullable=False),
+    Column("thread_id", Text, nullable=False),
     Column("run_id", Text),
     Column("epoch", BigInteger, nullable=False),
     Column("status", Text, nullable=False),
@@ -105,6 +106,7 @@ receipts: Table = Table(
     Column("received_at", BigInteger, nullable=False),
     Column("done_at", BigInteger),
     PrimaryKeyConstraint("agent_id", "sender_id", "effect_key"),
+    Index("ix_peerctx_receipts_thread", "agent_id", "sender_id", "thread_id", "epoch"),
     CheckConstraint("status IN ('open', 'done')", name="status"),
     comment="An effect that arrived at agent_id, recorded before it acts.",
 )
@@ -115,9 +117,11 @@ barred_keys: Table = Table(
     Column("agent_id", Text, nullable=False),
     Column("sender_id", Text, nullable=False),
     Column("effect_key", Text, nullable=False),
+    Column("thread_id", Text, nullable=False),
     Column("below_epoch", BigInteger, nullable=False),
     Column("barred_at", BigInteger, nullable=False),
     PrimaryKeyConstraint("agent_id", "sender_id", "effect_key"),
+    Index("ix_peerctx_barred_keys_thread", "agent_id", "sender_id", "thread_id"),
     comment="Effects that agent_id has promised to refuse from epochs below this one.",
 )
 
@@ -135,6 +139,7 @@ leases: Table = Table(
     Column("acquired_at", BigInteger, nullable=False),
     Column("expires_at", BigInteger, nullable=False),
     PrimaryKeyConstraint("agent_id", "thread_id"),
+    Index("ix_peerctx_leases_thread", "thread_id"),  # a checkpointer knows no agent
     Index("ix_peerctx_leases_owner_incarnation", "owner_incarnation"),
     Index("ix_peerctx_leases_expires_at", "expires_at"),
     comment="Who may write a thread: one row a thread, its epoch rises with each owner.",
@@ -150,8 +155,6 @@ runs: Table = Table(
     Column("owner_incarnation", Text),
     Column("epoch", BigInteger, nullable=False),
     # LangGraph's serializer returns a type and bytes.
-    Column("input_type", Text),
-    Column("input", LargeBinary),
     Column("config_type", Text),
     Column("config", LargeBinary),
     Column("context_type", Text),
@@ -168,14 +171,33 @@ runs: Table = Table(
     CheckConstraint("durability IN ('sync', 'async', 'exit')", name="durability"),
     Index("ix_peerctx_runs_thread", "agent_id", "thread_id", "admitted_at"),
     Index("ix_peerctx_runs_owner_incarnation", "owner_incarnation"),
-    Index("ix_peerctx_runs_open", "admitted_at", **_where("ended_at IS NULL")),
-    comment="Every admitted input and how its run ended; a run without an end has crashed.",
+    # A run that was handed over waits for its next owner: it is as open as one that crashed.
+    Index(
+        "ix_peerctx_runs_open",
+        "admitted_at",
+        **_where("ended_at IS NULL OR end_kind = 'handed_over'"),
+    ),
+    comment="Every admitted run and how it ended; one without an end has crashed.",
+)
+
+run_inputs: Table = Table(
+    "peerctx_run_inputs",
+    metadata,
+    Column("run_id", Text, nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("input_type", Text, nullable=False),
+    Column("input", LargeBinary, nullable=False),
+    Column("admitted_at", BigInteger, nullable=False),
+    PrimaryKeyConstraint("run_id", "number"),
+    comment="What a run was given, in order: its input first, then each answer of a human.",
 )
 
 effects: Table = Table(
     "peerctx_effects",
     metadata,
     Column("agent_id", Text, nullable=False),
+    # SHA-256 of thread, run, position and key: together they may be too long for an index.
+    Column("effect_id", Text, nullable=False),
     Column("thread_id", Text, nullable=False),
     Column("run_id", Text, nullable=False),
     Column("position", Text, nullable=False),
@@ -188,9 +210,10 @@ effects: Table = Table(
     Column("intent_at", BigInteger, nullable=False),
     Column("outcome", Text),
     Column("done_at", BigInteger),
-    PrimaryKeyConstraint("agent_id", "thread_id", "run_id", "position", "effect_key"),
+    PrimaryKeyConstraint("agent_id", "effect_id"),
     CheckConstraint("scope IN ('run', 'thread')", name="scope"),
     CheckConstraint("status IN ('intent', 'done', 'not_done')", name="status"),
+    Index("ix_peerctx_effects_run", "agent_id", "thread_id", "run_id"),
     comment="Side effects: meant, and what came of them. An intent alone is in doubt.",
 )
 
@@ -201,6 +224,7 @@ incidents: Table = Table(
     Column("agent_id", Text, nullable=False),
     Column("thread_id", Text, nullable=False),
     Column("dead_incarnation", Text, nullable=False),
+    Column("lost_epoch", BigInteger, nullable=False),
     Column("run_id", Text),
     Column("status", Text, nullable=False),
     Column("attempts", Integer, nullable=False),
@@ -213,8 +237,9 @@ incidents: Table = Table(
     Column("opened_at", BigInteger, nullable=False),
     Column("updated_at", BigInteger, nullable=False),
     Column("next_attempt_at", BigInteger),
+    # An incarnation that lives on may lose a thread more than once, each time under its own epoch.
     UniqueConstraint(
-        "agent_id", "thread_id", "dead_incarnation", name="uq_peerctx_incidents_death"
+        "agent_id", "thread_id", "dead_incarnation", "lost_epoch", name="uq_peerctx_incidents_death"
     ),
     CheckConstraint(
         "status IN ('open', 'recovering', 'waiting_for_human', 'recovered', 'dead_letter')",

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 
 import psycopg
@@ -17,6 +17,8 @@ from services.postgres import PostgresServer
 from langgraph_peerctx.errors import StoreBusyError, StoreError
 from langgraph_peerctx.persistence.engine import POOL_SIZE
 from langgraph_peerctx.persistence.event_store import EventStore
+from langgraph_peerctx.persistence.postgresql import DeadlineConnection
+from langgraph_peerctx.persistence.upgrade import _LOCK
 
 pytestmark = pytest.mark.postgres
 
@@ -62,6 +64,27 @@ def test_a_wrong_password_is_said_and_not_shown(postgres_server: PostgresServer)
 def test_a_database_that_is_not_there_is_named(postgres_server: PostgresServer) -> None:
     with pytest.raises(StoreError, match='"nowhere" does not exist'):
         EventStore(postgres_server.url("nowhere"))
+
+
+def test_an_upgrade_may_take_longer_than_a_query(postgres_url: str) -> None:
+    """Here another process's holds it up for three times the deadline of a statement."""
+    with (
+        psycopg.connect(postgres_url) as another,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        another.execute(_LOCK.text)
+        opening = pool.submit(EventStore, postgres_url, timeout_seconds=0.5)
+        wait([opening], timeout=1.5)
+        assert not opening.done()
+        another.rollback()
+        with opening.result(10) as store:
+            assert numbers(store) == []
+            with store._engine.connect() as connection:
+                limits = connection.exec_driver_sql("SHOW statement_timeout").scalar()
+                driver = connection.connection.dbapi_connection
+    assert limits == "500ms"
+    assert isinstance(driver, DeadlineConnection)
+    assert driver.patience_seconds == 1.0
 
 
 def test_terminated_connections_are_replaced(

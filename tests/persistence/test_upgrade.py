@@ -1,8 +1,12 @@
 """The schema: what the migrations make is what the code expects, whoever makes it."""
 
+import random
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,16 +14,19 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
-from persistence.processes import CONTEXT, open_together, start
-from sqlalchemy import CheckConstraint, Engine, inspect, text
+from persistence.processes import CONTEXT, open_together, order, start
+from sqlalchemy import CheckConstraint, Engine, LargeBinary, Text, inspect, text
 from sqlalchemy.exc import IntegrityError
 
 from langgraph_peerctx.errors import StoreError
+from langgraph_peerctx.identifiers import RECORD_ID_LIMIT
 from langgraph_peerctx.persistence import schema
 from langgraph_peerctx.persistence.engine import connect, writing
 from langgraph_peerctx.persistence.event_store import EventStore
 from langgraph_peerctx.persistence.migrations import HEAD, VERSION_TABLE
 from langgraph_peerctx.persistence.upgrade import schema_version, upgrade
+
+_IDENTIFIERS = {"counterpart_id", "sender_id", "peer_id", "owner_id", "recoverer_id"}
 
 
 @pytest.fixture
@@ -56,6 +63,7 @@ def test_every_constraint_of_the_schema_is_in_the_database(engine: Engine) -> No
                 "agent_id": "a",
                 "effect_key": "e",
                 "sender_id": "s",
+                "thread_id": "t",
                 "epoch": 1,
                 "status": "open",
                 "received_at": 1,
@@ -81,6 +89,7 @@ def test_every_constraint_of_the_schema_is_in_the_database(engine: Engine) -> No
                 "agent_id": "a",
                 "thread_id": "t",
                 "run_id": "r",
+                "effect_id": "0",
                 "position": "p",
                 "effect_key": "e",
                 "scope": "run",
@@ -98,6 +107,7 @@ def test_every_constraint_of_the_schema_is_in_the_database(engine: Engine) -> No
                 "agent_id": "a",
                 "thread_id": "t",
                 "dead_incarnation": "d",
+                "lost_epoch": 1,
                 "status": "open",
                 "attempts": 0,
                 "epoch": 1,
@@ -125,6 +135,7 @@ def test_a_failure_is_recorded_once_for_each_death(engine: Engine) -> None:
         "agent_id": "a",
         "thread_id": "t",
         "dead_incarnation": "d",
+        "lost_epoch": 1,
         "status": "open",
         "attempts": 0,
         "epoch": 1,
@@ -135,6 +146,35 @@ def test_a_failure_is_recorded_once_for_each_death(engine: Engine) -> None:
         connection.execute(schema.incidents.insert(), row | {"incident_id": "1"})
     with pytest.raises(IntegrityError), writing(engine) as connection:
         connection.execute(schema.incidents.insert(), row | {"incident_id": "2"})
+    with writing(engine) as connection:
+        connection.execute(schema.incidents.insert(), row | {"incident_id": "3", "lost_epoch": 2})
+
+
+def test_the_longest_ids_fit_every_index(engine: Engine) -> None:
+    """PostgreSQL refuses an index row beyond 2,704 bytes, and says so only when it is written."""
+    upgrade(engine)
+    # Four bytes a character, and such that PostgreSQL's compression gains nothing.
+    longest = "".join(
+        map(chr, random.Random(1).choices(range(0x20000, 0x2A000), k=RECORD_ID_LIMIT))
+    )
+    agent = "a" * 64
+    for table in schema.metadata.tables.values():
+        row: dict[str, Any] = {}
+        allowed = {"status": "open", "scope": "run"}
+        if table is schema.effects:
+            allowed["status"] = "intent"
+        for column in table.columns:
+            if isinstance(column.type, LargeBinary):
+                row[column.name] = b""
+            elif isinstance(column.type, Text):
+                is_agent = column.name.endswith("agent_id") or column.name in _IDENTIFIERS
+                row[column.name] = agent if is_agent else longest
+            elif not column.primary_key or column.name == "number":
+                row[column.name] = 1
+        row |= {name: value for name, value in allowed.items() if name in row}
+        row |= {name: None for name in ("end_kind", "durability") if name in row}
+        with writing(engine) as connection:
+            connection.execute(table.insert(), row)
 
 
 def test_an_upgrade_that_fails_half_way_leaves_nothing(engine: Engine) -> None:
@@ -187,6 +227,21 @@ def test_eight_processes_may_open_a_new_database_at_once(url: str) -> None:
         assert len(store.interactions_of("product", thread_id="t")) == 8
         with store._engine.connect() as connection:
             assert connection.execute(text("SELECT count(*) FROM peerctx_stores")).scalar() == 1
+
+
+def test_four_threads_may_open_a_new_database_each_at_once(tmp_path: Path) -> None:
+    for attempt in range(3):
+        together = threading.Barrier(4)
+
+        def open_and_write(number: int, together: threading.Barrier = together) -> int:
+            file = tmp_path / f"{attempt}-{number}.db"  # noqa: B023 - the threads end in this turn
+            together.wait(10)
+            with EventStore(f"sqlite:///{file}") as store:
+                store.append("product", order(number))
+                return len(store.interactions_of("product", thread_id="t"))
+
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(open_and_write, range(4))) == [1, 1, 1, 1]
 
 
 def test_an_existing_database_is_opened_without_alembic(url: str) -> None:

@@ -24,6 +24,7 @@ def upgrade() -> None:
     _barred_keys()
     _leases()
     _runs()
+    _run_inputs()
     _effects()
     _incidents()
 
@@ -33,6 +34,7 @@ def downgrade() -> None:
     for name in (
         "incidents",
         "effects",
+        "run_inputs",
         "runs",
         "leases",
         "barred_keys",
@@ -115,6 +117,7 @@ def _receipts() -> None:
         _text("agent_id"),
         _text("effect_key"),
         _text("sender_id"),
+        _text("thread_id"),
         _text("run_id", nullable=True),
         _number("epoch"),
         _text("status"),
@@ -125,6 +128,11 @@ def _receipts() -> None:
         sa.CheckConstraint("status IN ('open', 'done')", name=op.f("ck_peerctx_receipts_status")),
         comment="An effect that arrived at agent_id, recorded before it acts.",
     )
+    op.create_index(
+        "ix_peerctx_receipts_thread",
+        "peerctx_receipts",
+        ["agent_id", "sender_id", "thread_id", "epoch"],
+    )
 
 
 def _barred_keys() -> None:
@@ -133,12 +141,18 @@ def _barred_keys() -> None:
         _text("agent_id"),
         _text("sender_id"),
         _text("effect_key"),
+        _text("thread_id"),
         _number("below_epoch"),
         _number("barred_at"),
         sa.PrimaryKeyConstraint(
             "agent_id", "sender_id", "effect_key", name="pk_peerctx_barred_keys"
         ),
         comment="Effects that agent_id has promised to refuse from epochs below this one.",
+    )
+    op.create_index(
+        "ix_peerctx_barred_keys_thread",
+        "peerctx_barred_keys",
+        ["agent_id", "sender_id", "thread_id"],
     )
 
 
@@ -156,6 +170,7 @@ def _leases() -> None:
         sa.PrimaryKeyConstraint("agent_id", "thread_id", name="pk_peerctx_leases"),
         comment="Who may write a thread: one row a thread, its epoch rises with each owner.",
     )
+    op.create_index("ix_peerctx_leases_thread", "peerctx_leases", ["thread_id"])
     op.create_index("ix_peerctx_leases_owner_incarnation", "peerctx_leases", ["owner_incarnation"])
     op.create_index("ix_peerctx_leases_expires_at", "peerctx_leases", ["expires_at"])
 
@@ -169,12 +184,10 @@ def _runs() -> None:
         _text("workflow", nullable=True),
         _text("owner_incarnation", nullable=True),
         _number("epoch"),
-        _text("input_type", nullable=True),
-        _bytes("input"),
         _text("config_type", nullable=True),
-        _bytes("config"),
+        _bytes("config", nullable=True),
         _text("context_type", nullable=True),
-        _bytes("context"),
+        _bytes("context", nullable=True),
         _text("durability", nullable=True),
         _text("traceparent", nullable=True),
         _number("admitted_at"),
@@ -189,14 +202,30 @@ def _runs() -> None:
         sa.CheckConstraint(
             "durability IN ('sync', 'async', 'exit')", name=op.f("ck_peerctx_runs_durability")
         ),
-        comment="Every admitted input and how its run ended; a run without an end has crashed.",
+        comment="Every admitted run and how it ended; one without an end has crashed.",
     )
     op.create_index(
         "ix_peerctx_runs_thread", "peerctx_runs", ["agent_id", "thread_id", "admitted_at"]
     )
     op.create_index("ix_peerctx_runs_owner_incarnation", "peerctx_runs", ["owner_incarnation"])
     op.create_index(
-        "ix_peerctx_runs_open", "peerctx_runs", ["admitted_at"], **_where("ended_at IS NULL")
+        "ix_peerctx_runs_open",
+        "peerctx_runs",
+        ["admitted_at"],
+        **_where("ended_at IS NULL OR end_kind = 'handed_over'"),
+    )
+
+
+def _run_inputs() -> None:
+    op.create_table(
+        "peerctx_run_inputs",
+        _text("run_id"),
+        sa.Column("number", sa.Integer(), nullable=False),
+        _text("input_type"),
+        _bytes("input"),
+        _number("admitted_at"),
+        sa.PrimaryKeyConstraint("run_id", "number", name="pk_peerctx_run_inputs"),
+        comment="What a run was given, in order: its input first, then each answer of a human.",
     )
 
 
@@ -204,6 +233,7 @@ def _effects() -> None:
     op.create_table(
         "peerctx_effects",
         _text("agent_id"),
+        _text("effect_id"),
         _text("thread_id"),
         _text("run_id"),
         _text("position"),
@@ -216,14 +246,15 @@ def _effects() -> None:
         _number("intent_at"),
         _text("outcome", nullable=True),
         _number("done_at", nullable=True),
-        sa.PrimaryKeyConstraint(
-            "agent_id", "thread_id", "run_id", "position", "effect_key", name="pk_peerctx_effects"
-        ),
+        sa.PrimaryKeyConstraint("agent_id", "effect_id", name="pk_peerctx_effects"),
         sa.CheckConstraint("scope IN ('run', 'thread')", name=op.f("ck_peerctx_effects_scope")),
         sa.CheckConstraint(
             "status IN ('intent', 'done', 'not_done')", name=op.f("ck_peerctx_effects_status")
         ),
         comment="Side effects: meant, and what came of them. An intent alone is in doubt.",
+    )
+    op.create_index(
+        "ix_peerctx_effects_run", "peerctx_effects", ["agent_id", "thread_id", "run_id"]
     )
 
 
@@ -234,6 +265,7 @@ def _incidents() -> None:
         _text("agent_id"),
         _text("thread_id"),
         _text("dead_incarnation"),
+        _number("lost_epoch"),
         _text("run_id", nullable=True),
         _text("status"),
         sa.Column("attempts", sa.Integer(), nullable=False),
@@ -248,7 +280,11 @@ def _incidents() -> None:
         _number("next_attempt_at", nullable=True),
         sa.PrimaryKeyConstraint("incident_id", name="pk_peerctx_incidents"),
         sa.UniqueConstraint(
-            "agent_id", "thread_id", "dead_incarnation", name="uq_peerctx_incidents_death"
+            "agent_id",
+            "thread_id",
+            "dead_incarnation",
+            "lost_epoch",
+            name="uq_peerctx_incidents_death",
         ),
         sa.CheckConstraint(
             "status IN ('open', 'recovering', 'waiting_for_human', 'recovered', 'dead_letter')",
@@ -268,8 +304,8 @@ def _number(name: str, *, nullable: bool = False) -> sa.Column[int]:
     return sa.Column(name, sa.BigInteger(), nullable=nullable)
 
 
-def _bytes(name: str) -> sa.Column[bytes]:
-    return sa.Column(name, sa.LargeBinary(), nullable=True)
+def _bytes(name: str, *, nullable: bool = False) -> sa.Column[bytes]:
+    return sa.Column(name, sa.LargeBinary(), nullable=nullable)
 
 
 def _where(condition: str) -> dict[str, Any]:
