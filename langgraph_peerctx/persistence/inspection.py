@@ -71,6 +71,25 @@ def describe_database(url: str, *, timeout_seconds: float = 5.0) -> DatabaseStat
         engine.dispose()
 
 
+def has_schema(url: str, *, timeout_seconds: float = 5.0) -> bool:
+    """Tell whether a store was ever opened at an address; nothing is made or changed.
+
+    Args:
+        url: `sqlite:///FILE` or `postgresql://USER:PASSWORD@HOST/NAME`.
+        timeout_seconds: How long each look may take.
+
+    Raises:
+        ConfigurationError: If the URL is wrong, or a driver is missing.
+        StoreError: If the database is there and cannot be read.
+    """
+    engine = connect(url, timeout_seconds=timeout_seconds, as_it_is=True)
+    try:
+        missing = _missing_file(engine)
+        return missing is None and schema_version(engine) is not None
+    finally:
+        engine.dispose()
+
+
 def _missing_file(engine: Engine) -> DatabaseState | None:
     file = file_of(engine)
     if file is None:

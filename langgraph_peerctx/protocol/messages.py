@@ -20,7 +20,8 @@ Verdict = Literal["seen", "not_seen", "cannot_tell"]
 
 Json: TypeAlias = dict[str, JsonValue]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
-Window = Annotated[float, Field(gt=0, le=366 * 86_400, allow_inf_nan=False)]
+WINDOW_LIMIT_SECONDS = 366 * 86_400.0
+Window = Annotated[float, Field(gt=0, le=WINDOW_LIMIT_SECONDS, allow_inf_nan=False)]
 
 
 class Frozen(BaseModel):

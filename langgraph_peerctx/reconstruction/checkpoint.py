@@ -54,6 +54,8 @@ _CONTROL: Final = frozenset({ERROR, INTERRUPT, RESUME, _ERROR_SOURCE})
 """Writes that say what happened to a task; any other write means that it finished."""
 
 _READ_ATTEMPTS: Final = 3
+_INNER_LIMIT: Final = 200
+"""How many checkpoints are read to find what happened inside the open superstep."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,7 +204,7 @@ class _Reader:
         state: TaskState = "unfinished"
         if task.id in _finished(head.writes):
             state = "finished"
-        elif question_ids and answer.state != "unread":
+        elif question_ids and answer.state != "unread" and not _failed_later(head.writes, task.id):
             state = "asking"
         elif await self.pauses_inside(head, task):
             state = "paused"
@@ -219,8 +221,8 @@ class _Reader:
         """Tell whether an answer is stored at the head, and whether it was read already.
 
         An answer is stored beside the questions and stays there when it is used. It is taken for
-        unread only if exactly one task asks and no task, of the graph or of a subgraph, has
-        received an equal answer last: in doubt the human is asked again.
+        unread only if exactly one task asks and no task, of the graph or of a subgraph, is seen to
+        have received an equal answer last: in doubt the human is asked again.
         """
         given = [value for task, name, value in head.writes if (task, name) == (_NO_TASK, RESUME)]
         if not given:
@@ -229,24 +231,51 @@ class _Reader:
         asking = [t for t in head.snapshot.tasks if t.interrupts and t.id not in finished]
         if len(asking) != 1 or given[0] in _received(head.writes):
             return Answer(state="used")
-        inner = [write async for write in self._writes_inside(asking[0])]
-        if given[0] in _received(inner):
+        inner = await self._writes_inside(head, asking[0])
+        if inner is None or given[0] in _received(inner):
             return Answer(state="used")
         return Answer(state="unread", value=given[0])
 
-    async def _writes_inside(self, task: PregelTask) -> AsyncIterator[PendingWrite]:
-        """Yield what was written in the subgraphs that a task ran."""
+    async def _writes_inside(self, head: _Head, task: PregelTask) -> list[PendingWrite] | None:
+        """Return what was written in the subgraphs that a task ran; None if that is too long ago.
+
+        A subgraph may have been called from inside a node function, where nobody can know its
+        namespace, so the newest checkpoints of the whole thread are read.
+        """
         # A subgraph's namespace begins with its task's, or with the node's name alone
         # if it was compiled with checkpointer=True.
-        own = f"{task.name}:{task.id}"
-        thread: RunnableConfig = {
-            "configurable": {"thread_id": self.config["configurable"]["thread_id"]}
-        }
-        async for saved in self.saver.alist(thread):
-            first = str(saved.config["configurable"].get("checkpoint_ns", "")).split("|")[0]
-            if first in (own, task.name):
-                for write in saved.pending_writes or ():
-                    yield write
+        namespaces = (f"{task.name}:{task.id}", task.name)
+        newest = [saved async for saved in self.saver.alist(self.place(), limit=_INNER_LIMIT)]
+        if len(newest) == _INNER_LIMIT and not await self._has_all_since(head, newest, namespaces):
+            return None
+        return [
+            write
+            for saved in newest
+            if str(saved.config["configurable"].get("checkpoint_ns", "")).split("|")[0]
+            in namespaces
+            for write in saved.pending_writes or ()
+        ]
+
+    async def _has_all_since(
+        self, head: _Head, newest: Sequence[CheckpointTuple], namespaces: Iterable[str]
+    ) -> bool:
+        """Tell whether a list that was cut off has all of the thread's checkpoints after the head.
+
+        Ids rise with time, and most checkpointers list by id; some list by namespace. Whatever was
+        written further inside has a checkpoint in its outermost namespace.
+        """
+        ids, head_id = [saved.checkpoint["id"] for saved in newest], head.saved.checkpoint["id"]
+        if head_id not in ids or ids != sorted(ids, reverse=True):
+            return False
+        for namespace in namespaces:
+            last = await self.saver.aget_tuple(self.place(checkpoint_ns=namespace))
+            if last is not None and last.checkpoint["id"] > head_id:
+                return last.checkpoint["id"] in ids
+        return True
+
+    def place(self, **parts: str) -> RunnableConfig:
+        """Return what names the thread to the checkpointer, without what the config says else."""
+        return {"configurable": {"thread_id": self.config["configurable"]["thread_id"], **parts}}
 
     async def pauses_inside(self, head: _Head, task: PregelTask) -> bool:
         """Tell whether a task's subgraph stands at a static breakpoint."""
@@ -395,6 +424,16 @@ def _received(writes: Iterable[PendingWrite]) -> list[Any]:
     """Return the answer that each task received last."""
     lists = (value for task, name, value in writes if task != _NO_TASK and name == RESUME)
     return [value[-1] if isinstance(value, list) and value else value for value in lists]
+
+
+def _failed_later(writes: Iterable[PendingWrite], task_id: str) -> bool:
+    """Tell whether a task got an answer to its question, and then raised.
+
+    The question stays stored beside the error. A node that raised first and asked then looks the
+    same if it got an answer before: it is run again, and asks again.
+    """
+    names = {name for task, name, _ in writes if task == task_id}
+    return ERROR in names and RESUME in names
 
 
 def _sent(writes: Iterable[PendingWrite]) -> frozenset[str]:

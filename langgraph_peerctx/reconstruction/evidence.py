@@ -64,6 +64,7 @@ def reconstruct(
         *own.shortfalls,
         *(peers.degraded if peers else ()),
         *_missing(checkpoint),
+        *_out_of_sight(query),
         *_unsettled(query, peers),
     ]
     return Reconstruction(
@@ -97,6 +98,13 @@ def _missing(checkpoint: CheckpointView | None) -> list[str]:
     if not checkpoint.exists:
         return ["no_checkpoint: the thread left none before its process died"]
     return []
+
+
+def _out_of_sight(query: EvidenceQuery) -> list[str]:
+    if query.reaches_checkpoint:
+        return []
+    window = f"time_window_seconds={query.time_window_seconds:g}"
+    return [f"window: the last checkpoint is older than {window}: what was known then is not here"]
 
 
 def _unsettled(query: EvidenceQuery, peers: PeerContext | None) -> list[str]:

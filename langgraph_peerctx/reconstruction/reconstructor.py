@@ -69,7 +69,8 @@ class AgentReconstructor:
             agent_id: The failed agent.
             thread_id: The thread it worked on.
             config: What the workflow's checkpointer needs to find the thread, beside its id.
-            time_window_seconds: How far back to look; by default the settings'.
+            time_window_seconds: How far back to look, in seconds; by default to the last
+                checkpoint, and the settings' window further.
             expect: Agents or processes that should answer; once they have, the wait ends.
             min_responses: Fewer answers than this is an error.
             in_doubt: Effects of which nobody here knows whether they happened.
@@ -93,6 +94,9 @@ class AgentReconstructor:
             in_doubt=tuple(in_doubt),
         )
         checkpoint = await self._load(place)
+        query = query.reaching(
+            checkpoint.created_at if checkpoint else None, self._settings.time_window_seconds
+        )
         async with open_sources(
             use_peer_context=self.enable_peer_context,
             runtime=self._runtime,

@@ -126,7 +126,8 @@ async def recover_and_resume_workflow_async(
         config: Callbacks, tags, metadata, and configurable values that the nodes read; those are
             not kept in checkpoints either.
         peer_context_channel: The state channel that receives the peers' facts.
-        time_window_seconds: How far back the peers look; by default the settings'.
+        time_window_seconds: How far back own events and peers are asked, in seconds; by default
+            to the last checkpoint, and the settings' window further.
         expect: Agents or processes that should answer; once they have, the wait ends.
         min_responses: Do not resume if fewer answered.
         in_doubt: Effects of which nobody here knows whether they happened.
@@ -206,7 +207,9 @@ async def _load(order: RecoveryOrder, incident: Incident) -> tuple[CheckpointVie
 async def _reconstruct(
     order: RecoveryOrder, incident: Incident, view: CheckpointView
 ) -> Reconstruction:
-    query = replace(order.query, run_id=view.run_id)
+    query = replace(order.query, run_id=view.run_id).reaching(
+        view.created_at, order.settings.time_window_seconds
+    )
     async with open_sources(
         use_peer_context=query.use_peer_context,
         runtime=order.runtime,

@@ -6,7 +6,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Protocol
+from typing import Protocol, Self
 
 from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.errors import BrokerUnavailableError, StoreError
@@ -14,7 +14,8 @@ from langgraph_peerctx.gathering.gatherer import OnAnswer
 from langgraph_peerctx.gathering.peer_context import PeerContext
 from langgraph_peerctx.identifiers import new_id
 from langgraph_peerctx.persistence.event_store import get_event_store
-from langgraph_peerctx.protocol.messages import InDoubtKey, Interaction
+from langgraph_peerctx.persistence.inspection import has_schema
+from langgraph_peerctx.protocol.messages import WINDOW_LIMIT_SECONDS, InDoubtKey, Interaction
 from langgraph_peerctx.runtime import PeerContextRuntime
 
 
@@ -71,7 +72,8 @@ class EvidenceQuery:
     Attributes:
         use_peer_context: Whether peers are asked at all.
         peer_timeout_seconds: The longest wait for the peers' answers.
-        time_window_seconds: How far back to look; None is the settings' window.
+        time_window_seconds: How far back to look; None is as far as `reaching` finds it needs to.
+        reaches_checkpoint: Whether that goes back to the thread's last checkpoint.
         expect: Agents or processes that should answer; once they have, the wait ends.
         min_responses: Fewer answers than this is an error.
         in_doubt: Effects of which nobody here knows whether they happened.
@@ -86,6 +88,26 @@ class EvidenceQuery:
     min_responses: int | None = None
     in_doubt: tuple[InDoubtKey, ...] = ()
     run_id: str | None = None
+    reaches_checkpoint: bool = True
+
+    def reaching(self, checkpoint_at: datetime | None, usual_seconds: float) -> Self:
+        """Return this query with a time window that suits the thread.
+
+        An agent that died long ago is asked about as it was then: unless the caller set a window,
+        it goes back to the last checkpoint, and from there the usual window further.
+
+        Args:
+            checkpoint_at: When the thread's last checkpoint was written, if it has one.
+            usual_seconds: The settings' window.
+        """
+        age = _seconds_since(checkpoint_at) if checkpoint_at else 0.0
+        wanted = self.time_window_seconds or max(0.0, age) + usual_seconds
+        window = min(wanted, WINDOW_LIMIT_SECONDS)
+        return replace(self, time_window_seconds=window, reaches_checkpoint=age <= window)
+
+
+def _seconds_since(moment: datetime) -> float:
+    return (datetime.now(UTC) - moment).total_seconds()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +150,7 @@ async def open_sources(
         return
     settings = settings or PeerContextSettings()
     unreached = Sources(
-        open_store=partial(get_event_store, settings.database_url), settings=settings
+        open_store=partial(_existing_store, settings.database_url), settings=settings
     )
     if not use_peer_context:
         yield unreached
@@ -139,8 +161,18 @@ async def open_sources(
         except BrokerUnavailableError as error:
             sources = replace(unreached, shortfalls=(f"no_broker: {error}",))
         else:
-            sources = _of_runtime(own)
+            sources = replace(unreached, runtime=own, shortfalls=())
         yield sources
+
+
+def _existing_store(url: str) -> OwnEvents:
+    """Open the store that is there: an empty one that we made would look as if it knew."""
+    if not has_schema(url):
+        raise StoreError(
+            "there is no event store at the address: name the one that the agent recorded in, "
+            "with PEER_CONTEXT_DATABASE_URL"
+        )
+    return get_event_store(url)
 
 
 def _of_runtime(runtime: ContextRuntime) -> Sources:
@@ -178,17 +210,19 @@ async def collect_context(
 async def collect_own_events(sources: Sources, query: EvidenceQuery) -> OwnHistory:
     """Read what the failed agent itself recorded of this thread; a broken store costs only that."""
     window = query.time_window_seconds or sources.settings.time_window_seconds
+    limit = sources.settings.max_interactions
     try:
         store = await asyncio.to_thread(sources.open_store)
         events = await store.ainteractions_of(
             query.agent_id,
             thread_id=query.thread_id,
             since=datetime.now(UTC) - timedelta(seconds=window),
-            limit=sources.settings.max_interactions,
+            limit=limit + 1,
         )
     except StoreError as error:
         return OwnHistory(shortfalls=(f"no_own_events: {error}",))
-    return OwnHistory(events=tuple(events))
+    cut = (f"own_events_cut: only the newest {limit} are here; see PEER_CONTEXT_MAX_INTERACTIONS",)
+    return OwnHistory(events=tuple(events[:limit]), shortfalls=cut if len(events) > limit else ())
 
 
 def _nobody_asked(query: EvidenceQuery, degraded: tuple[str, ...]) -> PeerContext:

@@ -47,10 +47,16 @@ def context(*interactions: Interaction, **values: Any) -> PeerContext:
 class FakeStore:
     events: list[Interaction] = field(default_factory=list)
     error: Exception | None = None
+    since: list[float] = field(default_factory=list)
+    """How many seconds back each question went."""
 
-    async def ainteractions_of(self, agent_id: str, **_: Any) -> list[Interaction]:
+    async def ainteractions_of(
+        self, agent_id: str, *, since: datetime | None = None, **_: Any
+    ) -> list[Interaction]:
         if self.error:
             raise self.error
+        if since:
+            self.since.append((datetime.now(UTC) - since).total_seconds())
         return [event for event in self.events if event.from_agent == agent_id]
 
 

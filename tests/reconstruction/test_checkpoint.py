@@ -17,6 +17,7 @@ from langgraph_peerctx.errors import (
     StoreBusyError,
     StoreError,
 )
+from langgraph_peerctx.reconstruction import checkpoint
 from langgraph_peerctx.reconstruction.checkpoint import CheckpointView, load_checkpoint
 
 CONFIG: RunnableConfig = {"configurable": {"thread_id": "thread-1"}}
@@ -214,6 +215,47 @@ async def test_an_answer_whose_reader_was_killed_is_unread(
 
     assert (view.answer.state, view.answer.value) == ("unread", "yes")
     assert view.status == "interrupted_work"
+
+
+async def test_a_long_history_costs_no_answer_its_reader(bench: Bench) -> None:
+    """Of a thread with hundreds of checkpoints only the newest are read."""
+    graph = asking_graph(bench, Asker(bench))
+    for number in range(150):
+        await graph.aupdate_state(CONFIG, {"log": [str(number)]}, as_node="ask")
+
+    view = await bench.view_after(graph, None, Command(resume="yes"))
+
+    assert (view.answer.state, view.answer.value) == ("unread", "yes")
+
+
+async def test_an_answer_is_asked_for_again_where_too_much_happened_since(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "_INNER_LIMIT", 2)
+    graph = asking_graph(bench, Asker(bench), checkpointer=False)
+
+    view = await bench.view_after(graph, None, Command(resume="yes"))
+
+    assert view.answer.state == "used"
+    assert view.status == "waiting_for_human"
+
+
+async def test_a_node_that_raised_with_its_answer_is_work(bench: Bench) -> None:
+    async def ask(_state: State) -> dict[str, Any]:
+        answer = interrupt("sure?")
+        if bench.armed:
+            raise RuntimeError(answer)
+        return {"log": [answer]}
+
+    builder = StateGraph(State)
+    builder.add_node("ask", ask)
+    builder.add_edge(START, "ask")
+    graph: Any = builder.compile(checkpointer=bench.saver)
+
+    view = await bench.view_after(graph, None, Command(resume="yes"))
+
+    assert states(view) == {"ask": "unfinished"}
+    assert (view.status, view.answer.state) == ("interrupted_work", "used")
 
 
 @pytest.mark.parametrize("subgraph", [None, False, True], ids=["root", "subgraph", "remembering"])

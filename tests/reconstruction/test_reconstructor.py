@@ -1,4 +1,6 @@
 import operator
+from datetime import timedelta
+from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 import pytest
@@ -6,7 +8,9 @@ from langgraph.graph import START, StateGraph
 from reconstruction.fake_runtime import FakeRuntime, FakeStore, interaction
 from reconstruction.savers import KilledError, Mortal
 
+from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.errors import ConfigurationError, ProtocolError, TooFewResponsesError
+from langgraph_peerctx.reconstruction import sources
 from langgraph_peerctx.reconstruction.reconstructor import AgentReconstructor
 
 
@@ -54,6 +58,58 @@ async def test_nothing_is_run_or_written(memory: Mortal) -> None:
 
     after = [saved async for saved in memory.alist({"configurable": {"thread_id": "thread-1"}})]
     assert after == before
+
+
+async def test_an_agent_that_died_long_ago_is_asked_about_as_it_was_then(
+    memory: Mortal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workflow, runtime = await dead_workflow(memory), FakeRuntime()
+    hours = timedelta(hours=60)
+    monkeypatch.setattr(sources, "_seconds_since", lambda _moment: hours.total_seconds())
+    reconstructor = AgentReconstructor(workflow=workflow, runtime=runtime)
+
+    unasked = await reconstructor.reconstruct_async("product-agent", "thread-1")
+    enough = await reconstructor.reconstruct_async(
+        "product-agent", "thread-1", time_window_seconds=61 * 3_600
+    )
+    short = await reconstructor.reconstruct_async(
+        "product-agent", "thread-1", time_window_seconds=3_600
+    )
+
+    windows = [question["time_window_seconds"] / 3_600 for question in runtime.questions]
+    assert windows == [61, 61, 1]
+    assert runtime.store.since[0] == pytest.approx(61 * 3_600, abs=60)
+    assert (unasked["reasons"], enough["reasons"]) == ([], [])
+    assert short["degraded"]
+    assert [reason.split(":")[0] for reason in short["reasons"]] == ["window"]
+
+
+async def test_own_events_beyond_the_limit_are_said_to_be_cut() -> None:
+    events = [interaction(f"own-{number}") for number in range(4)]
+    settings = PeerContextSettings(max_interactions=3)
+    runtime = FakeRuntime(store=FakeStore(events), settings=settings)
+
+    result = await AgentReconstructor(runtime=runtime, enable_peer_context=False).reconstruct_async(
+        "product-agent", "thread-1"
+    )
+
+    assert [event["interaction_id"] for event in result["own_events"]] == [
+        "own-0",
+        "own-1",
+        "own-2",
+    ]
+    assert any(reason.startswith("own_events_cut: ") for reason in result["reasons"])
+
+
+async def test_a_store_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+    settings = PeerContextSettings(database_url=f"sqlite:///{tmp_path}/nobody.db")
+
+    result = await AgentReconstructor(
+        settings=settings, enable_peer_context=False
+    ).reconstruct_async("product-agent", "thread-1")
+
+    assert any(reason.startswith("no_own_events: there is no") for reason in result["reasons"])
+    assert not (tmp_path / "nobody.db").exists()
 
 
 async def test_without_a_workflow_own_events_and_peers_are_all_there_is() -> None:

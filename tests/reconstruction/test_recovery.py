@@ -106,6 +106,11 @@ def codes(result: RecoveryResult) -> list[str]:
     return [reason.split(":")[0] for reason in result["reasons"]]
 
 
+def event_ids(facts: Any) -> list[str]:
+    """Return the events that are in a channel of any kind."""
+    return list(facts) if isinstance(facts, dict) else [fact["event_id"] for fact in facts]
+
+
 async def test_a_broken_superstep_goes_on_with_the_peers_facts(bench: Bench) -> None:
     graph = bench.graph()
     bench.kills["right"] = 1
@@ -170,9 +175,7 @@ async def test_four_deaths_in_one_superstep_deliver_the_facts_once(bench: Bench,
 
     assert result["status"] == "resumed"
     assert result["peer_context_used"]
-    facts = result["final_state"]["peer_context"]
-    ids = list(facts) if isinstance(facts, dict) else [fact["event_id"] for fact in facts]
-    assert ids == ["order-1"]
+    assert event_ids(result["final_state"]["peer_context"]) == ["order-1"]
     assert result["final_state"]["log"] == ["in", "left", "right"]
     assert bench.began == {"left": 1, "right": 5}
 
@@ -322,8 +325,11 @@ async def test_what_died_beside_a_question_is_finished_and_the_question_stays(
     assert list(done["peer_context"]) == ["order-1"]
 
 
-async def test_an_answered_question_is_not_asked_again_and_the_facts_arrive(bench: Bench) -> None:
-    graph = bench.graph(nodes={"ask": lambda _state: str(interrupt("sure?"))})
+@pytest.mark.parametrize("kind", CHANNELS)
+async def test_an_answered_question_is_not_asked_again_and_the_facts_arrive(
+    bench: Bench, kind: str
+) -> None:
+    graph = bench.graph(CHANNELS[kind], nodes={"ask": lambda _state: str(interrupt("sure?"))})
     await graph.ainvoke({"log": ["in"]}, CONFIG)
     bench.kills["ask"] = 3
     await bench.die(graph, Command(resume="yes"))
@@ -332,7 +338,74 @@ async def test_an_answered_question_is_not_asked_again_and_the_facts_arrive(benc
 
     assert [attempt["status"] for attempt in attempts] == ["failed", "failed", "resumed"]
     assert attempts[-1]["final_state"]["log"] == ["in", "yes"]
-    assert list(attempts[-1]["final_state"]["peer_context"]) == ["order-1"]
+    assert event_ids(attempts[-1]["final_state"]["peer_context"]) == ["order-1"]
+
+
+@pytest.mark.parametrize("kind", CHANNELS)
+async def test_facts_that_came_with_an_answer_are_not_doubled_by_the_next_answer(
+    bench: Bench, kind: str
+) -> None:
+    """LangGraph before 1.2.16 stored them again under another number: they counted twice.
+
+    Beside them a database's checkpointer does not store the second answer: it is asked for again.
+    """
+    deaths = Counter(one=1, two=1)
+
+    async def ask(_state: Any) -> dict[str, Any]:
+        answers = []
+        for question in ("one", "two"):
+            answers.append(interrupt(question))
+            deaths[question] -= 1
+            if deaths[question] == 0:
+                await bench.saver.life.end_when_quiet()
+        return {"log": answers}
+
+    builder = StateGraph(CHANNELS[kind])
+    builder.add_node("ask", ask)
+    builder.add_edge(START, "ask")
+    graph: Any = builder.compile(checkpointer=bench.saver)
+    await graph.ainvoke({"log": ["in"]}, CONFIG)
+    await bench.die(graph, Command(resume="yes"))
+    asked_again = await bench.recover(graph)
+    await bench.die(graph, Command(resume="no"))
+
+    result = await bench.recover(graph)
+
+    assert asked_again["status"] == "waiting_for_human"
+    done = result["final_state"]
+    if result["status"] == "waiting_for_human":
+        done = await graph.ainvoke(Command(resume="no"), CONFIG)
+    assert done["log"] == ["in", "yes", "no"]
+    assert event_ids(done["peer_context"]) == ["order-1"]
+
+
+@pytest.mark.parametrize("by_id", [False, True], ids=["plain", "by_id"])
+async def test_a_node_that_raised_with_its_answer_gets_it_again(
+    bench: Bench, *, by_id: bool
+) -> None:
+    answers: list[Any] = []
+
+    def ask(_state: State) -> dict[str, Any]:
+        answers.append(interrupt("sure?"))
+        if len(answers) < 3:
+            raise OSError("the network is down")
+        return {"log": [answers[-1], interrupt("really?")]}
+
+    builder = StateGraph(State)
+    builder.add_node("ask", ask)
+    builder.add_edge(START, "ask")
+    graph: Any = builder.compile(checkpointer=bench.saver)
+    asked = await graph.ainvoke({"log": ["in"]}, CONFIG)
+    answer = {asked["__interrupt__"][0].id: "yes"} if by_id else "yes"
+    with pytest.raises(OSError, match="network"):
+        await graph.ainvoke(Command(resume=answer), CONFIG)
+
+    attempts = [await bench.recover(graph) for _ in range(2)]
+
+    assert [attempt["status"] for attempt in attempts] == ["failed", "waiting_for_human"]
+    assert answers == ["yes"] * 3
+    done = await graph.ainvoke(Command(resume="no"), CONFIG)
+    assert done["log"] == ["in", "yes", "no"]
 
 
 async def test_an_answer_that_was_used_does_not_answer_the_question_of_a_sibling(
@@ -392,9 +465,7 @@ async def test_an_initial_states_own_facts_are_kept(quick: Bench, kind: str) -> 
         quick.graph(CHANNELS[kind]), initial_state={"log": ["in"], "peer_context": given}
     )
 
-    facts = result["final_state"]["peer_context"]
-    ids = list(facts) if isinstance(facts, dict) else [fact["event_id"] for fact in facts]
-    assert ids == ["order-0", "order-1"]
+    assert event_ids(result["final_state"]["peer_context"]) == ["order-0", "order-1"]
 
 
 async def test_facts_that_the_input_cannot_carry_stay_in_the_result(quick: Bench) -> None:

@@ -39,10 +39,18 @@ def bootstrap_servers(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
-def settings(bootstrap_servers: str, tmp_path: Path) -> PeerContextSettings:
+def own_url(tmp_path: Path) -> str:
+    """The dead agent's own store: it is there, and empty."""
+    url = f"sqlite:///{tmp_path / 'product.db'}"
+    EventStore(url).close()
+    return url
+
+
+@pytest.fixture
+def settings(bootstrap_servers: str, own_url: str) -> PeerContextSettings:
     return PeerContextSettings(
         kafka=KafkaConfig(bootstrap_servers=bootstrap_servers),
-        database_url=f"sqlite:///{tmp_path / 'recoverer.db'}",
+        database_url=own_url,
         mock_mode="never",
     )
 
@@ -139,11 +147,11 @@ async def test_the_agents_own_record_outranks_its_peers(
 
 
 async def test_a_broker_that_is_not_there_costs_the_peers_part_only(
-    tmp_path: Path, dead: Any
+    own_url: str, dead: Any
 ) -> None:
     nowhere = PeerContextSettings(
         kafka=KafkaConfig(bootstrap_servers="127.0.0.1:1", connect_timeout_seconds=1.0),
-        database_url=f"sqlite:///{tmp_path / 'recoverer.db'}",
+        database_url=own_url,
         mock_mode="never",
     )
 
@@ -152,14 +160,12 @@ async def test_a_broker_that_is_not_there_costs_the_peers_part_only(
     )
 
     assert (result["status"], result["degraded"]) == ("resumed", True)
-    assert result["reasons"][0].startswith("no_broker: ")
+    assert [reason.split(":")[0] for reason in result["reasons"]] == ["no_broker"]
     assert result["final_state"]["log"] == ["in", "work"]
 
 
-async def test_mock_mode_is_said_and_not_taken_for_an_answer(tmp_path: Path, dead: Any) -> None:
-    mock = PeerContextSettings(
-        database_url=f"sqlite:///{tmp_path / 'recoverer.db'}", mock_mode="always"
-    )
+async def test_mock_mode_is_said_and_not_taken_for_an_answer(own_url: str, dead: Any) -> None:
+    mock = PeerContextSettings(database_url=own_url, mock_mode="always")
 
     result = await recover_and_resume_workflow_async(
         workflow=dead, agent_id="product-agent", thread_id="thread-1", settings=mock
