@@ -28,7 +28,7 @@ from langgraph_peerctx.messaging.mock_transport import create_transport
 from langgraph_peerctx.messaging.producer import headers_of
 from langgraph_peerctx.messaging.topics import topics_for
 from langgraph_peerctx.messaging.transport import From, Record, Subscription, Transport
-from langgraph_peerctx.persistence.event_store import EventStore, get_event_store
+from langgraph_peerctx.persistence.event_store import EventStore, aget_event_store
 from langgraph_peerctx.protocol.codec import decode, encode
 from langgraph_peerctx.protocol.messages import (
     AgentAnswer,
@@ -396,6 +396,7 @@ class AgentContextService:
         self._given_responder = responder
         self._handler = handler
         self._responder: ContextResponder | None = None
+        self._changing = asyncio.Lock()
 
     @property
     def is_running(self) -> bool:
@@ -421,21 +422,24 @@ class AgentContextService:
             BrokerUnavailableError: If there is no broker, and mock mode is `never`.
             StoreError: If the event store cannot be opened.
         """
-        if self._responder is not None:
-            return
-        responder = self._given_responder or self._choose_responder()
-        handler = self._handler or self._new_handler(responder.settings)
-        await handler.store.aping()
-        await responder.acquire()
-        responder.host(handler)
-        self._responder = responder
+        async with self._changing:
+            if self._responder is not None:
+                return
+            responder = self._given_responder or self._choose_responder()
+            handler = self._handler or await self._new_handler(responder.settings)
+            store = await asyncio.to_thread(getattr, handler, "store")  # opening one may wait
+            await store.aping()
+            await responder.acquire()
+            responder.host(handler)
+            self._responder = responder
 
     async def stop(self) -> None:
         """Answer no longer. Safe to call twice."""
-        responder, self._responder = self._responder, None
-        if responder is not None:
-            responder.unhost(self.agent_id)
-            await responder.release()
+        async with self._changing:
+            responder, self._responder = self._responder, None
+            if responder is not None:
+                responder.unhost(self.agent_id)
+                await responder.release()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -455,10 +459,10 @@ class AgentContextService:
             return ContextResponder(settings, transport=self._transport)
         return _shared_responder(settings)
 
-    def _new_handler(self, settings: PeerContextSettings) -> ContextRequestHandler:
+    async def _new_handler(self, settings: PeerContextSettings) -> ContextRequestHandler:
         return ContextRequestHandler(
             self.agent_id,
-            store=self._store or get_event_store(settings.database_url),
+            store=self._store or await aget_event_store(settings.database_url),
             max_interactions=settings.max_interactions,
         )
 
@@ -487,6 +491,9 @@ class AgentContextServiceManager:
     def __init__(self, settings: PeerContextSettings | None = None) -> None:
         self._settings = settings
         self._services: dict[str, AgentContextService] = {}
+        self._locks: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, asyncio.Lock]] = (
+            WeakKeyDictionary()
+        )
 
     async def register_agent(self, agent_id: str, **options: Any) -> AgentContextService:
         """Start a service for an agent, or return the one that runs.
@@ -498,19 +505,21 @@ class AgentContextServiceManager:
         Raises:
             PeerContextError: If the service does not start; nothing is left of it then.
         """
-        running = self._services.get(agent_id)
-        if running is not None and running.is_running:
-            return running
-        service = AgentContextService(agent_id, **{"settings": self._settings, **options})
-        await service.start()
-        self._services[agent_id] = service
-        return service
+        async with self._lock_of(agent_id):
+            running = self._services.get(agent_id)
+            if running is not None and running.is_running:
+                return running
+            service = AgentContextService(agent_id, **{"settings": self._settings, **options})
+            await service.start()
+            self._services[agent_id] = service
+            return service
 
     async def unregister_agent(self, agent_id: str) -> None:
         """Stop an agent's service, if there is one."""
-        service = self._services.pop(agent_id, None)
-        if service is not None:
-            await service.stop()
+        async with self._lock_of(agent_id):
+            service = self._services.pop(agent_id, None)
+            if service is not None:
+                await service.stop()
 
     def get_service(self, agent_id: str) -> AgentContextService | None:
         """Return an agent's service, or None."""
@@ -523,6 +532,11 @@ class AgentContextServiceManager:
                 await self.unregister_agent(agent_id)
             except PeerContextError:
                 _logger.exception("the service of %s did not stop well", agent_id)
+
+    def _lock_of(self, agent_id: str) -> asyncio.Lock:
+        """Return what starting and stopping an agent's service wait for, on this loop."""
+        locks = self._locks.setdefault(asyncio.get_running_loop(), {})
+        return locks.setdefault(agent_id, asyncio.Lock())
 
 
 _MANAGER = AgentContextServiceManager()

@@ -1,6 +1,7 @@
 """One process, one answer: the peer's side of the protocol."""
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
@@ -21,6 +22,7 @@ from langgraph_peerctx.messaging.agent_context_service import (
     get_service_manager,
 )
 from langgraph_peerctx.messaging.context_handler import ContextRequestHandler
+from langgraph_peerctx.persistence import event_store
 from langgraph_peerctx.persistence.event_store import EventStore, record_interaction
 from langgraph_peerctx.protocol.codec import decode, encode
 from langgraph_peerctx.protocol.messages import (
@@ -511,6 +513,41 @@ async def test_the_manager_starts_each_agent_once_and_stops_all(
     assert manager.get_service("a") is None
     assert not first.is_running
     assert not responder.is_running
+
+
+async def test_registering_at_once_starts_an_agent_once(
+    responder: ContextResponder, store: EventStore
+) -> None:
+    manager = AgentContextServiceManager()
+    services = await asyncio.gather(
+        *(manager.register_agent("a", responder=responder, store=store) for _ in range(5))
+    )
+    assert len(set(map(id, services))) == 1
+    await asyncio.gather(*(services[0].start() for _ in range(5)))
+    await manager.stop_all()
+    assert not responder.is_running
+
+
+async def test_opening_a_store_blocks_no_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened_in: list[int] = []
+
+    class Slow(EventStore):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            opened_in.append(threading.get_ident())
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr(event_store, "EventStore", Slow)
+    monkeypatch.setenv("PEER_CONTEXT_DATABASE_URL", f"sqlite:///{tmp_path}/new.db")
+    settings = PeerContextSettings(mock_mode="always")
+    handlers = [None, ContextRequestHandler("b")]
+    for agent_id, handler in zip("ab", handlers, strict=True):
+        async with AgentContextService(agent_id, settings=settings, handler=handler):
+            pass
+        event_store.get_event_store().close()
+    assert len(opened_in) == 2
+    assert threading.get_ident() not in opened_in
 
 
 def test_there_is_one_manager_a_process() -> None:
