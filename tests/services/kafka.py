@@ -111,8 +111,7 @@ class KafkaServer:
                     classpath,
                     "kafka.tools.StorageTool",
                     "format",
-                    "-t",
-                    identity,
+                    f"--cluster-id={identity}",  # one in 64 begins with "-"
                     "-c",
                     str(config),
                 ]
@@ -212,4 +211,4 @@ class KafkaServer:
     def _run(self, command: Sequence[str]) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         if done.returncode:
-            raise KafkaMissingError(f"{command[-5]} failed: {done.stdout}{done.stderr}")
+            raise KafkaMissingError(f"{command[-4]} failed: {done.stdout}{done.stderr}")
