@@ -8,8 +8,9 @@ from typing import Self
 
 from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.errors import BrokerUnavailableError, ConfigurationError
-from langgraph_peerctx.gathering.gatherer import Enough, Gatherer, OnAnswer
+from langgraph_peerctx.gathering.gatherer import Enough, Gatherer, OnAnswer, OnSent
 from langgraph_peerctx.gathering.peer_context import PeerContext
+from langgraph_peerctx.gathering.steps import GatherSteps
 from langgraph_peerctx.messaging.mock_transport import create_transport
 from langgraph_peerctx.messaging.reply_inbox import ReplyInbox
 from langgraph_peerctx.messaging.topics import topics_for
@@ -44,6 +45,7 @@ class PeerContextRuntime:
         self._borrowed = transport is not None
         self._store = store
         self._gatherer: Gatherer | None = None
+        self._steps: GatherSteps | None = None
         self._stack = AsyncExitStack()
 
     @property
@@ -76,6 +78,17 @@ class PeerContextRuntime:
         return self._gatherer
 
     @property
+    def steps(self) -> GatherSteps:
+        """What asks the peers in steps that may be taken by different processes.
+
+        Raises:
+            ConfigurationError: If the runtime does not run.
+        """
+        if self._steps is None:
+            raise ConfigurationError("this runtime is not started: use it in an `async with`")
+        return self._steps
+
+    @property
     def degraded(self) -> tuple[str, ...]:
         """Why a gather would not be the whole truth now; empty when all is well."""
         return self.transport.degraded
@@ -106,6 +119,8 @@ class PeerContextRuntime:
             await inbox.start(timeout_seconds=settings.kafka.connect_timeout_seconds)
             self._transport = transport
             self._gatherer = Gatherer(transport, inbox, settings)
+            self._steps = GatherSteps(self._gatherer, transport, inbox, settings)
+            stack.push_async_callback(self._steps.close)
             self._stack = stack.pop_all()
 
     async def _see_to_topics(self, transport: Transport) -> None:
@@ -125,7 +140,7 @@ class PeerContextRuntime:
 
     async def close(self) -> None:
         """Close what is its own. Safe to call twice."""
-        self._gatherer = None
+        self._gatherer = self._steps = None
         await self._stack.aclose()
         if not self._borrowed:
             self._transport = None
@@ -156,6 +171,8 @@ class PeerContextRuntime:
         run_id: str | None = None,
         epoch: int = 0,
         attempt: int = 1,
+        correlation_id: str | None = None,
+        on_sent: OnSent | None = None,
         on_answer: OnAnswer | None = None,
     ) -> PeerContext:
         """Ask the peers what they remember of an agent in a thread; see `Gatherer.gather`.
@@ -172,6 +189,8 @@ class PeerContextRuntime:
             run_id: The run that died, where it is known.
             epoch: The asker's epoch.
             attempt: Which attempt at this recovery.
+            correlation_id: What the answers carry; by default a fresh one.
+            on_sent: Called when the broker has the question, on the loop.
             on_answer: Called with each answer as it comes, on the loop.
 
         Raises:
@@ -189,6 +208,7 @@ class PeerContextRuntime:
             epoch=epoch,
             attempt=attempt,
             in_doubt=in_doubt,
+            correlation_id=correlation_id,
         )
         return await gatherer.gather(
             request,
@@ -196,5 +216,6 @@ class PeerContextRuntime:
             expect=expect,
             min_responses=min_responses,
             enough=enough,
+            on_sent=on_sent,
             on_answer=on_answer,
         )

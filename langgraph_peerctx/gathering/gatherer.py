@@ -2,9 +2,11 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
-from typing import TypeGuard
+from functools import partial
+from typing import Any, TypeGuard
 
 from pydantic import ValidationError
 
@@ -26,6 +28,7 @@ from langgraph_peerctx.protocol.messages import ContextRequest, ContextResponse,
 _logger = logging.getLogger(__name__)
 
 OnAnswer = Callable[[ContextResponse], None]
+OnSent = Callable[[], None]
 Enough = Callable[[Sequence[ContextResponse]], bool]
 
 
@@ -83,13 +86,23 @@ class Gatherer:
         except ValidationError as error:
             raise as_protocol_error(error) from None
 
-    async def send(self, request: ContextRequest) -> None:
+    async def send(self, request: ContextRequest, addressees: Collection[str] = ()) -> None:
         """Broadcast the question; each sending has a message id of its own.
+
+        Args:
+            request: The question.
+            addressees: The agents or processes that are to answer; everybody, if none is named.
 
         Raises:
             BrokerUnavailableError: If it could not be sent; in mock mode too.
         """
-        sending = request.model_copy(update={"message_id": new_id(), "sent_at": datetime.now(UTC)})
+        sending = request.model_copy(
+            update={
+                "message_id": new_id(),
+                "sent_at": datetime.now(UTC),
+                "addressees": tuple(sorted(addressees)),
+            }
+        )
         receipt = await publish(
             self._transport,
             self._settings.kafka.context_request_topic,
@@ -97,7 +110,12 @@ class Gatherer:
             max_bytes=self._settings.max_message_bytes,
         )
         if receipt.delivery == "mock":
-            raise _NothingSentError("; ".join(self._transport.degraded))
+            raise NothingSentError("; ".join(self._transport.degraded))
+
+    async def _send_and_tell(self, request: ContextRequest, on_sent: OnSent | None) -> None:
+        await self.send(request)
+        if on_sent is not None:
+            on_sent()
 
     async def gather(
         self,
@@ -107,6 +125,7 @@ class Gatherer:
         expect: Collection[str] = (),
         min_responses: int | None = None,
         enough: Enough | None = None,
+        on_sent: OnSent | None = None,
         on_answer: OnAnswer | None = None,
     ) -> PeerContext:
         """Broadcast a question and collect the peers' answers.
@@ -121,6 +140,7 @@ class Gatherer:
                 process has.
             min_responses: Stop at so many answers; fewer are an error.
             enough: Stop when this is true of the answers so far.
+            on_sent: Called when the broker has the question, on the loop.
             on_answer: Called with each answer as it comes, on the loop.
 
         Returns:
@@ -132,117 +152,113 @@ class Gatherer:
             BrokerUnavailableError: If there is no broker and mock mode is `never`.
         """
         if not self._settings.enabled:
-            return _nobody_asked(request)
-        window = self._settings.timeout_seconds if timeout_seconds is None else timeout_seconds
-        waiting = _Waiting(expect, min_responses, enough, on_answer)
-        loop = asyncio.get_running_loop()
-        started = loop.time()
-        with self._inbox.expect(
+            return switched_off(request.failed_agent_id, request.thread_id)
+        wanted = Wanted(expect, min_responses, enough, on_answer)
+        with self.open(request) as slot:
+            return await self.collect(
+                request,
+                slot,
+                wanted,
+                ask=partial(self._send_and_tell, request, on_sent),
+                timeout_seconds=timeout_seconds,
+            )
+
+    def open(
+        self, request: ContextRequest, inbox: ReplyInbox | None = None
+    ) -> AbstractContextManager[Slot]:
+        """Take answers to a question for as long as the block lasts; nothing is sent.
+
+        Args:
+            request: The question.
+            inbox: Where they come; by default the process's own.
+        """
+        return (inbox or self._inbox).expect(
             request.correlation_id,
-            waiting.take,
+            _keep,
             max_responders=self._settings.max_responders,
             max_total_bytes=self._settings.max_total_bytes,
-        ) as slot:
-            trouble = await self._collect(request, waiting, window)
-        if self._settings.mock_mode == "never" and _certain(trouble):
-            raise trouble
-        if min_responses is not None and len(slot.responses) < min_responses:
-            raise TooFewResponsesError(len(slot.responses), min_responses)
-        return self._report(request, waiting, slot, trouble, loop.time() - started)
+        )
 
-    async def _collect(
-        self, request: ContextRequest, waiting: "_Waiting", window: float
-    ) -> PeerContextError | None:
-        """Send, and wait until it is enough, hopeless or over; return what was wrong, if it was.
-
-        Collecting does not wait for the broker's word: a fast peer's answer may be there first.
-        """
-        sending = asyncio.create_task(self.send(request), name="peerctx-send-request")
-        satisfied = asyncio.create_task(waiting.satisfied.wait(), name="peerctx-collect")
-        both = {sending, satisfied}
-        try:
-            async with asyncio.timeout(window):
-                await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-                if not satisfied.done() and not _hopeless(sending):
-                    await satisfied
-        except TimeoutError:
-            pass
-        finally:
-            unconfirmed = not sending.done()
-            for task in both:
-                task.cancel()
-            await asyncio.wait(both)
-        if unconfirmed and not waiting.responses:
-            return SendOutcomeUnknownError("the broker did not confirm the request in time")
-        if sending.cancelled():
-            return None
-        return _trouble(sending)
-
-    def _report(
+    async def collect(
         self,
         request: ContextRequest,
-        waiting: "_Waiting",
         slot: Slot,
-        trouble: PeerContextError | None,
-        elapsed_seconds: float,
+        wanted: "Wanted",
+        *,
+        ask: Callable[[], Coroutine[Any, Any, None]],
+        timeout_seconds: float | None = None,
+        inbox: ReplyInbox | None = None,
     ) -> PeerContext:
-        merged = merge(
-            waiting.responses, failed_agent_id=request.failed_agent_id, thread_id=request.thread_id
-        )
-        silenced = [*self._transport.degraded]
-        if trouble is not None and str(trouble) not in silenced:
-            silenced.append(str(trouble))
-        if (lost := self._inbox.lost) is not None and lost not in silenced:
-            silenced.append(f"answers could not arrive: {lost}")
-        coverage = waiting.coverage(merged, slot, degraded=bool(silenced))
-        return PeerContext(
-            correlation_id=request.correlation_id,
-            failed_agent_id=request.failed_agent_id,
-            thread_id=request.thread_id,
-            gathered_at=datetime.now(UTC),
-            facts=merged.facts,
-            memory=merged.memory,
-            in_doubt=merged.in_doubt,
-            conflicts=merged.conflicts,
-            coverage=coverage,
-            degraded=(*silenced, *_shortcomings(coverage, slot, merged)),
-            elapsed_seconds=elapsed_seconds,
-        )
+        """Wait for the answers to a question; see `gather`.
+
+        Args:
+            request: The question.
+            slot: Where its answers come; see `open`. What is there already counts.
+            wanted: Who is to answer, and when it is enough.
+            ask: What asks; it is called at once, whatever is there already.
+            timeout_seconds: The window, in seconds; by default the settings'.
+            inbox: The slot's; by default the process's own.
+        """
+        window = self._settings.timeout_seconds if timeout_seconds is None else timeout_seconds
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        slot.on_response = wanted.take
+        for response in list(slot.responses.values()):
+            wanted.take(response)
+        trouble = await _until_enough(ask, wanted, window)
+        if self._settings.mock_mode == "never" and _certain(trouble):
+            raise trouble
+        needed = wanted.min_responses
+        if needed is not None and len(slot.responses) < needed:
+            raise TooFewResponsesError(len(slot.responses), needed)
+        silenced = self._silenced(trouble, (inbox or self._inbox).lost)
+        return _report(request, wanted, slot, silenced, loop.time() - started)
+
+    def _silenced(self, trouble: PeerContextError | None, lost: str | None) -> list[str]:
+        """Say why answers may have had no way to us."""
+        said = [*self._transport.degraded]
+        if trouble is not None and str(trouble) not in said:
+            said.append(str(trouble))
+        if lost is not None and lost not in said:
+            said.append(f"answers could not arrive: {lost}")
+        return said
 
 
-class _NothingSentError(BrokerUnavailableError):
-    """Mock mode only logged the request."""
+class NothingSentError(BrokerUnavailableError):
+    """The request certainly did not leave, as in mock mode: nothing can come."""
 
 
-class _Waiting:
-    """Who is still to answer, and whether it is enough."""
+class Wanted:
+    """Who is still to answer, and whether it is enough; the arguments are those of `gather`."""
 
     def __init__(
         self,
-        expect: Collection[str],
-        min_responses: int | None,
-        enough: Enough | None,
-        on_answer: OnAnswer | None,
+        expect: Collection[str] = (),
+        min_responses: int | None = None,
+        enough: Enough | None = None,
+        on_answer: OnAnswer | None = None,
     ) -> None:
         self.expected = frozenset(expect)
         self.missing = set(expect)
         self.responses: list[ContextResponse] = []
         self.satisfied = asyncio.Event()
-        self._min_responses = min_responses
+        self.min_responses = min_responses
         self._enough = enough
         self._on_answer = on_answer
 
     def take(self, response: ContextResponse) -> None:
+        """Count one answer."""
         self.responses.append(response)
         self.missing -= _names(response)
         everybody = bool(self.expected) and not self.missing
-        some = self._min_responses is not None and len(self.responses) >= self._min_responses
+        some = self.min_responses is not None and len(self.responses) >= self.min_responses
         if everybody or some or (self._enough is not None and self._enough(self.responses)):
             self.satisfied.set()
         if self._on_answer is not None:
             self._on_answer(response)
 
     def coverage(self, merged: Merged, slot: Slot, *, degraded: bool) -> Coverage:
+        """Say who was asked and what became of it."""
         statuses: dict[str, set[str]] = {}
         for response in self.responses:
             for answer in response.agents:
@@ -263,6 +279,65 @@ class _Waiting:
             roster_known=bool(self.expected),
             degraded=degraded,
         )
+
+
+def _report(
+    request: ContextRequest,
+    wanted: Wanted,
+    slot: Slot,
+    silenced: Sequence[str],
+    elapsed_seconds: float,
+) -> PeerContext:
+    merged = merge(
+        wanted.responses, failed_agent_id=request.failed_agent_id, thread_id=request.thread_id
+    )
+    coverage = wanted.coverage(merged, slot, degraded=bool(silenced))
+    return PeerContext(
+        correlation_id=request.correlation_id,
+        failed_agent_id=request.failed_agent_id,
+        thread_id=request.thread_id,
+        gathered_at=datetime.now(UTC),
+        facts=merged.facts,
+        memory=merged.memory,
+        in_doubt=merged.in_doubt,
+        conflicts=merged.conflicts,
+        coverage=coverage,
+        degraded=(*silenced, *_shortcomings(coverage, slot, merged)),
+        elapsed_seconds=elapsed_seconds,
+    )
+
+
+async def _until_enough(
+    ask: Callable[[], Coroutine[Any, Any, None]], wanted: Wanted, window: float
+) -> PeerContextError | None:
+    """Ask, and wait until it is enough, hopeless or over; return what was wrong, if it was.
+
+    Collecting does not wait for the broker's word: a fast peer's answer may be there first.
+    """
+    sending = asyncio.create_task(ask(), name="peerctx-send-request")
+    satisfied = asyncio.create_task(wanted.satisfied.wait(), name="peerctx-collect")
+    both = {sending, satisfied}
+    try:
+        async with asyncio.timeout(window):
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            if not satisfied.done() and not _hopeless(sending):
+                await satisfied
+    except TimeoutError:
+        pass
+    finally:
+        unconfirmed = not sending.done()
+        for task in both:
+            task.cancel()
+        await asyncio.wait(both)
+    if unconfirmed and not wanted.responses:
+        return SendOutcomeUnknownError("the broker did not confirm the request in time")
+    if sending.cancelled():
+        return None
+    return _trouble(sending)
+
+
+def _keep(_response: ContextResponse) -> None:
+    """The slot itself keeps it until somebody collects."""
 
 
 def _names(response: ContextResponse) -> set[str]:
@@ -310,11 +385,12 @@ def _shortcomings(coverage: Coverage, slot: Slot, merged: Merged) -> list[str]:
     return said
 
 
-def _nobody_asked(request: ContextRequest) -> PeerContext:
+def switched_off(failed_agent_id: str, thread_id: str) -> PeerContext:
+    """Return what a gather brings where peer context is switched off: nobody is asked."""
     return PeerContext(
-        correlation_id=request.correlation_id,
-        failed_agent_id=request.failed_agent_id,
-        thread_id=request.thread_id,
+        correlation_id=new_id(),
+        failed_agent_id=failed_agent_id,
+        thread_id=thread_id,
         gathered_at=datetime.now(UTC),
         degraded=("peer context is switched off (PEER_CONTEXT_ENABLED=false)",),
         coverage=Coverage(degraded=True),

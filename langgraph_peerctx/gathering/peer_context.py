@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Final
 
-from pydantic import JsonValue
+from pydantic import JsonValue, TypeAdapter
 
 from langgraph_peerctx.protocol.messages import InDoubtAnswer, Interaction, Json
 
@@ -31,6 +32,14 @@ class Conflict:
 
     interaction_id: str
     versions: Mapping[str, Interaction]
+
+    def as_json(self) -> Json:
+        """Return the conflict as plain JSON."""
+        versions: Json = {
+            agent_id: version.model_dump(mode="json", exclude={"sequence"})
+            for agent_id, version in self.versions.items()
+        }
+        return {"interaction_id": self.interaction_id, "versions": versions}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,3 +144,36 @@ class PeerContext:
         }
         told: Json = {fact.interaction.interaction_id: fact.as_json() for fact in self.facts}
         return told | remembered
+
+    def as_report(self) -> Json:
+        """Return what is to be known beside the facts, plain JSON: how much of the truth they are.
+
+        `correlation_id`, `gathered_at`, `elapsed_seconds`, `facts` (how many), `coverage`,
+        `degraded`, `conflicts` and `in_doubt`.
+        """
+        return {
+            "correlation_id": self.correlation_id,
+            "gathered_at": self.gathered_at.isoformat(),
+            "elapsed_seconds": round(self.elapsed_seconds, 6),
+            "facts": len(self.facts),
+            "coverage": self.coverage.as_json(),
+            "degraded": list[JsonValue](self.degraded),
+            "conflicts": [conflict.as_json() for conflict in self.conflicts],
+            "in_doubt": [answer.model_dump(mode="json") for answer in self.in_doubt],
+        }
+
+    def model_dump_json(self) -> str:
+        """Return all of it as one JSON text, for `model_validate_json`."""
+        return _ADAPTER.dump_json(self).decode()
+
+    @staticmethod
+    def model_validate_json(text: str) -> "PeerContext":
+        """Return what `model_dump_json` made a text of.
+
+        Raises:
+            ValueError: If it is no such text.
+        """
+        return _ADAPTER.validate_json(text)
+
+
+_ADAPTER: Final[TypeAdapter[PeerContext]] = TypeAdapter(PeerContext)

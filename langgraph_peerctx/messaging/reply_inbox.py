@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from langgraph_peerctx.errors import ProtocolError
-from langgraph_peerctx.messaging.transport import Offsets, Record, Subscription, Transport
+from langgraph_peerctx.messaging.transport import From, Offsets, Record, Subscription, Transport
 from langgraph_peerctx.protocol.codec import decode
 from langgraph_peerctx.protocol.messages import ContextResponse
 
@@ -67,12 +67,18 @@ class ReplyInbox:
         self._ended: OrderedDict[str, int] = OrderedDict()
         self.counters: Counter[str] = Counter()
 
-    async def start(self, *, timeout_seconds: float) -> None:
+    async def start(self, *, timeout_seconds: float, since: Offsets | None = None) -> None:
         """Read from the topic's end on; returns once positioned, or when the time is up.
 
         Not being positioned in time is no error: `lost` says why, and the reading goes on trying.
+
+        Args:
+            timeout_seconds: The longest wait for that.
+            since: Where to begin instead of at the end; a partition that is not named: its end.
         """
-        self._subscription = await self._transport.subscribe([self._topic], self.take)
+        self._subscription = await self._transport.subscribe(
+            [self._topic], self.take, start=From(offsets=since or {})
+        )
         try:
             async with asyncio.timeout(timeout_seconds):
                 await self._subscription.positioned()
@@ -88,6 +94,11 @@ class ReplyInbox:
     def lost(self) -> str | None:
         """Why no answer can arrive now, or None."""
         return "not started" if self._subscription is None else self._subscription.lost
+
+    async def positioned(self) -> None:
+        """Wait until whatever is answered from now on will be read; the caller has a deadline."""
+        if self._subscription is not None:
+            await self._subscription.positioned()
 
     @property
     def offsets(self) -> Offsets:

@@ -20,6 +20,7 @@ Verdict = Literal["seen", "not_seen", "cannot_tell"]
 
 Json: TypeAlias = dict[str, JsonValue]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
+ADDRESSEE_LIMIT = 1_000
 WINDOW_LIMIT_SECONDS = 366 * 86_400.0
 Window = Annotated[float, Field(gt=0, le=WINDOW_LIMIT_SECONDS, allow_inf_nan=False)]
 
@@ -100,7 +101,7 @@ class ContextRequest(Envelope):
     max_interactions: Annotated[int, Field(ge=1, le=10_000)] = 200
     lifetime_seconds: Annotated[float, Field(gt=0, le=3_600)] = REQUEST_LIFETIME_SECONDS
     in_doubt: Annotated[tuple[InDoubtKey, ...], Field(max_length=1_000)] = ()
-    addressees: Annotated[tuple[Identifier, ...], Field(max_length=1_000)] = ()
+    addressees: Annotated[tuple[Identifier, ...], Field(max_length=ADDRESSEE_LIMIT)] = ()
     response_topic: str | None = None
 
 

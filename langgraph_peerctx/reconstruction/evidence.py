@@ -143,7 +143,7 @@ def _conflicts(query: EvidenceQuery, own: OwnHistory, peers: PeerContext | None)
         for fact in peers.facts
         if _differs(recorded.get(fact.interaction.interaction_id), fact.interaction)
     ]
-    return [_conflict_json(conflict) for conflict in (*peers.conflicts, *with_own)]
+    return [conflict.as_json() for conflict in (*peers.conflicts, *with_own)]
 
 
 def _differs(own: Interaction | None, told: Interaction) -> bool:
@@ -152,16 +152,6 @@ def _differs(own: Interaction | None, told: Interaction) -> bool:
     return own is not None and (
         own.model_dump(exclude=ours_alone) != told.model_dump(exclude=ours_alone)
     )
-
-
-def _conflict_json(conflict: Conflict) -> Json:
-    return {
-        "interaction_id": conflict.interaction_id,
-        "versions": {
-            agent_id: version.model_dump(mode="json", exclude={"sequence"})
-            for agent_id, version in conflict.versions.items()
-        },
-    }
 
 
 def _restored(checkpoint: CheckpointView | None) -> Iterable[Json]:
