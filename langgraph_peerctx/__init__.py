@@ -25,6 +25,7 @@ from langgraph_peerctx.messaging.consumer import KafkaMessageConsumer
 from langgraph_peerctx.messaging.context_handler import ContextRequestHandler
 from langgraph_peerctx.messaging.embedded_broker import EmbeddedBroker
 from langgraph_peerctx.messaging.producer import KafkaMessageProducer
+from langgraph_peerctx.nodes.peer_context_node import PeerContextNode, peer_context_retry_policy
 from langgraph_peerctx.nodes.state import PeerContextState, merge_peer_context
 from langgraph_peerctx.persistence.event_store import (
     EventStore,
@@ -62,6 +63,7 @@ __all__ = [
     "KafkaMessageProducer",
     "PeerContext",
     "PeerContextError",
+    "PeerContextNode",
     "PeerContextRuntime",
     "PeerContextSettings",
     "PeerContextState",
@@ -80,6 +82,7 @@ __all__ = [
     "get_event_store",
     "get_service_manager",
     "merge_peer_context",
+    "peer_context_retry_policy",
     "record_interaction",
     "recover_and_resume_workflow_async",
 ]

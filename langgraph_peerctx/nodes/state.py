@@ -33,7 +33,10 @@ class PeerContextState(TypedDict, total=False):
     """A state to extend: `class State(PeerContextState): ...`.
 
     `peer_context` maps event id to fact: plain JSON with at least `source`, `told_by`,
-    `occurred_at`, `kind` and `payload`; see `PeerContext.as_channel`.
+    `occurred_at`, `kind` and `payload`; see `PeerContext.as_channel`. `peer_context_report` says of
+    the last gather how much of the truth it brought: coverage, and why it is degraded; see
+    `PeerContext.as_report`.
     """
 
     peer_context: Annotated[dict[str, Any], merge_peer_context]
+    peer_context_report: dict[str, Any]

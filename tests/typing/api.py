@@ -16,6 +16,7 @@ from langgraph_peerctx import (
     KafkaMessageConsumer,
     KafkaMessageProducer,
     PeerContext,
+    PeerContextNode,
     PeerContextRuntime,
     PeerContextSettings,
     PeerContextState,
@@ -24,6 +25,7 @@ from langgraph_peerctx import (
     arecord_interaction,
     get_service_manager,
     merge_peer_context,
+    peer_context_retry_policy,
     record_interaction,
     recover_and_resume_workflow_async,
 )
@@ -94,8 +96,10 @@ async def gathering() -> list[tuple[str, tuple[str, ...]]]:
 
 async def recovering() -> str:
     builder = StateGraph(State)
+    builder.add_node("peer_context", PeerContextNode())
+    builder.add_node("again", PeerContextNode(), retry_policy=peer_context_retry_policy())
     builder.add_node("write", lambda state: {"topic": state["topic"]})
-    builder.add_edge(START, "write")
+    builder.add_edge(START, "peer_context")
     workflow = builder.compile(checkpointer=InMemorySaver())
     result: RecoveryResult = await recover_and_resume_workflow_async(
         workflow=workflow, agent_id="product-agent-1", thread_id="thread-1"

@@ -1,0 +1,348 @@
+"""One peer context runtime for the whole process, on a thread and a loop of its own.
+
+Whoever needs it leases it: the first lease starts it, the last one that is given back stops it. It
+can be used from any thread and any loop, since a graph's nodes run wherever LangGraph puts them.
+"""
+
+import asyncio
+import atexit
+import logging
+import os
+import threading
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from contextlib import ExitStack
+from functools import partial
+from typing import TypeVar
+
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+
+from langgraph_peerctx.config import PeerContextSettings
+from langgraph_peerctx.errors import ConfigurationError, PeerContextError
+from langgraph_peerctx.messaging.agent_context_service import (
+    AgentContextService,
+    ContextResponder,
+)
+from langgraph_peerctx.messaging.context_handler import ContextRequestHandler
+from langgraph_peerctx.runtime import PeerContextRuntime
+
+_logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Work = Callable[[PeerContextRuntime], Awaitable[T]]
+
+STOP_TIMEOUT_SECONDS = 15.0
+"""Longer than transport and services need for closing, whatever the broker does."""
+
+
+class BackgroundRuntime:
+    """A runtime that runs, and how to use it from elsewhere; made by `lease`, not directly.
+
+    Attributes:
+        settings: What it runs with.
+    """
+
+    def __init__(self, settings: PeerContextSettings) -> None:
+        self.settings: PeerContextSettings = settings
+        self._pid = os.getpid()
+        self._runtime = PeerContextRuntime(settings)
+        self._responder: ContextResponder | None = None
+        self._services: dict[str, tuple[AgentContextService, int]] = {}
+        self._hosting: asyncio.Lock = asyncio.Lock()  # belongs to the portal's loop
+        self._stack = ExitStack()
+        self._portal: BlockingPortal | None = None
+
+    @property
+    def degraded(self) -> tuple[str, ...]:
+        """Why a gather would not be the whole truth now; empty when all is well."""
+        return self._runtime.degraded
+
+    @property
+    def agents(self) -> tuple[str, ...]:
+        """The agents that are hosted here, sorted."""
+        return tuple(sorted(self._services))
+
+    def call(self, work: Work[T]) -> T:
+        """Do something with the runtime on its loop, and wait for it; from any other thread.
+
+        Raises:
+            ConfigurationError: If the runtime is stopped, or belongs to the process before a fork.
+            Exception: Whatever the work raises.
+        """
+        return self._submitted(work).result()
+
+    async def acall(self, work: Work[T]) -> T:
+        """Do something with the runtime on its loop, and wait for it on any loop.
+
+        Cancelling the caller cancels the work. See `call`.
+        """
+        return await asyncio.wrap_future(self._submitted(work))
+
+    async def host(self, agent_id: str, handler: ContextRequestHandler | None = None) -> None:
+        """Answer peers for an agent, from now on; counted, as `unhost` takes it back.
+
+        Args:
+            agent_id: The agent.
+            handler: What answers; by default a `ContextRequestHandler` on the settings' store.
+
+        Raises:
+            ProtocolError: If `agent_id` is no legal id.
+            StoreError: If its event store cannot be opened.
+            BrokerUnavailableError: If there is no broker, and mock mode is `never`.
+        """
+        await self.acall(partial(self._host, agent_id, handler))
+
+    async def unhost(self, agent_id: str) -> None:
+        """Answer no longer for an agent, if nobody else hosts it here."""
+        await self.acall(partial(self._unhost, agent_id))
+
+    def start(self) -> None:
+        """Start thread, loop and runtime; blocks until it runs.
+
+        Raises:
+            BrokerUnavailableError: If there is no broker, and mock mode is `never`.
+            ConfigurationError: If the broker refuses the credentials.
+        """
+        with ExitStack() as stack:
+            portal = stack.enter_context(start_blocking_portal(name="peerctx-runtime"))
+            portal.call(self._runtime.start)
+            self._portal = portal
+            self._stack = stack.pop_all()
+
+    def stop(self) -> None:
+        """Stop services, runtime, loop and thread. Safe to call twice."""
+        portal, self._portal = self._portal, None
+        if portal is None or os.getpid() != self._pid:
+            return
+        with self._stack:
+            portal.call(self._close)
+
+    def _submitted(self, work: Work[T]) -> Future[T]:
+        if os.getpid() != self._pid:
+            raise ConfigurationError(_FORKED)
+        portal = self._portal
+        if portal is None:
+            raise ConfigurationError("the peer context runtime is stopped: lease it again")
+        return portal.start_task_soon(partial(_do, work, self._runtime), name="peerctx-work")
+
+    async def _host(
+        self,
+        agent_id: str,
+        handler: ContextRequestHandler | None,
+        runtime: PeerContextRuntime,
+    ) -> None:
+        async with self._hosting:
+            service, count = self._services.get(agent_id, (None, 0))
+            if service is None:
+                if self._responder is None:
+                    self._responder = ContextResponder(self.settings, transport=runtime.transport)
+                service = AgentContextService(agent_id, responder=self._responder, handler=handler)
+                await service.start()
+            self._services[agent_id] = (service, count + 1)
+
+    async def _unhost(self, agent_id: str, _runtime: PeerContextRuntime) -> None:
+        async with self._hosting:
+            service, count = self._services.get(agent_id, (None, 0))
+            if service is not None and count > 1:
+                self._services[agent_id] = (service, count - 1)
+            elif service is not None:
+                del self._services[agent_id]
+                await service.stop()
+
+    async def _close(self) -> None:
+        try:
+            async with asyncio.timeout(STOP_TIMEOUT_SECONDS):
+                for service, _ in self._services.values():
+                    await service.stop()
+                self._services.clear()
+                await self._runtime.close()
+        except (PeerContextError, TimeoutError):
+            _logger.exception("the peer context runtime did not stop well")
+
+
+async def _do(work: Work[T], runtime: PeerContextRuntime) -> T:
+    return await work(runtime)
+
+
+_FORKED = (
+    "this process was forked while the peer context runtime ran: its thread and connections belong "
+    "to the parent. Start processes with 'spawn' or 'forkserver', or fork before it starts"
+)
+
+
+class _Shared:
+    """What the leases of one time share."""
+
+    def __init__(self, settings: PeerContextSettings) -> None:
+        self.settings = settings
+        self.users = 0
+        self.started: Future[BackgroundRuntime] = Future()
+        self.stopped: Future[None] = Future()
+
+    def start(self) -> None:
+        """Runs in a thread of its own: whoever leases must not wait for a broker on its loop."""
+        runtime = BackgroundRuntime(self.settings)
+        try:
+            runtime.start()
+        except BaseException as error:  # noqa: BLE001 - whoever waits for it gets it
+            _process.forget(self)
+            self.started.set_exception(error)
+        else:
+            self.started.set_result(runtime)
+
+    def stop(self) -> None:
+        try:
+            self.started.result().stop()
+        except Exception:  # nobody is left to be told
+            _logger.debug("there was nothing to stop", exc_info=True)
+        finally:
+            self.stopped.set_result(None)
+
+
+class Lease:
+    """A share in the process's runtime; give it back with `release`."""
+
+    def __init__(self, shared: _Shared) -> None:
+        self._shared = shared
+        self._held = True
+
+    def runtime(self) -> BackgroundRuntime:
+        """Return the runtime once it runs; blocks.
+
+        Raises:
+            BrokerUnavailableError: If there is no broker, and mock mode is `never`.
+            ConfigurationError: If the broker refuses the credentials.
+        """
+        return self._shared.started.result()
+
+    async def aruntime(self) -> BackgroundRuntime:
+        """Return the runtime once it runs; see `runtime`."""
+        # Shielded: others wait for the same start.
+        return await asyncio.shield(asyncio.wrap_future(self._shared.started))
+
+    def release(self) -> None:
+        """Give it back without waiting; the last one stops the runtime. Safe to call twice."""
+        self._give_back()
+
+    async def arelease(self) -> None:
+        """Give it back; if it was the last one, wait until the runtime has stopped."""
+        if self._give_back():
+            await asyncio.shield(asyncio.wrap_future(self._shared.stopped))
+
+    def _give_back(self) -> bool:
+        held, self._held = self._held, False
+        return held and _process.give_back(self._shared)
+
+
+class _Process:
+    """The one runtime of this process, if it runs."""
+
+    def __init__(self, *, forked: bool = False) -> None:
+        self._lock = threading.Lock()
+        self._shared: _Shared | None = None
+        self._kept: Lease | None = None
+        self._forked = forked
+
+    @property
+    def settings(self) -> PeerContextSettings | None:
+        shared = self._shared
+        return None if shared is None else shared.settings
+
+    def lease(self, settings: PeerContextSettings | None, *, keep: bool = False) -> Lease:
+        with self._lock:
+            if self._forked:
+                raise ConfigurationError(_FORKED)
+            if self._shared is None:
+                self._shared = _Shared(settings or PeerContextSettings())
+                _run(self._shared.start)
+            elif settings is not None:
+                _see_that_they_agree(self._shared.settings, settings)
+            self._shared.users += 1
+            if keep and self._kept is None:
+                self._kept = Lease(self._shared)
+                self._shared.users += 1
+            return Lease(self._shared)
+
+    def give_back(self, shared: _Shared) -> bool:
+        """Take a lease back; tell whether it was the last one."""
+        with self._lock:
+            shared.users -= 1
+            if shared.users > 0:
+                return False
+            if self._shared is shared:
+                self._shared = None
+        _run(shared.stop)
+        return True
+
+    def forget(self, shared: _Shared) -> None:
+        """Let the next lease try anew."""
+        with self._lock:
+            if self._shared is shared:
+                self._shared = self._kept = None
+
+    def drop_kept(self) -> None:
+        with self._lock:
+            kept, self._kept = self._kept, None
+        if kept is not None:
+            kept.release()
+
+    def end(self) -> None:
+        """Stop what runs, whoever has a lease: the process ends, and starts no thread any more."""
+        shared, self._shared = self._shared, None
+        if shared is not None and shared.started.done():
+            shared.stop()
+
+
+_process = _Process()
+
+
+def lease(settings: PeerContextSettings | None = None, *, keep: bool = False) -> Lease:
+    """Take a share in the process's runtime, and start it if need be; waits for nothing.
+
+    Args:
+        settings: By default those it runs with, or the environment's.
+        keep: Let it run on until `stop_kept_runtime` or the end of the process, even when nobody
+            has a lease: to start it anew for each use would cost about 0.1 s a time.
+
+    Raises:
+        ConfigurationError: If it runs with other settings, or this is a forked child of a process
+            in which it ran.
+    """
+    return _process.lease(settings, keep=keep)
+
+
+def settings_in_use() -> PeerContextSettings | None:
+    """Return what the process's runtime runs with, or is being started with; None if it is not."""
+    return _process.settings
+
+
+def stop_kept_runtime() -> None:
+    """Let a kept runtime stop as soon as nobody has a lease; see `lease`."""
+    _process.drop_kept()
+
+
+@atexit.register
+def _end() -> None:
+    _process.end()
+
+
+def _after_fork() -> None:
+    global _process  # noqa: PLW0603 - the parent's lock may be held by a thread that is not here
+    _process = _Process(forked=_process.settings is not None)
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def _run(work: Callable[[], None]) -> None:
+    threading.Thread(target=work, name="peerctx-background", daemon=True).start()
+
+
+def _see_that_they_agree(running: PeerContextSettings, wanted: PeerContextSettings) -> None:
+    fields = type(running).model_fields
+    differing = [name for name in fields if getattr(running, name) != getattr(wanted, name)]
+    if differing:
+        raise ConfigurationError(
+            "the peer context runtime of this process runs with other settings "
+            f"({', '.join(differing)}): a process has one, stop it first or agree on them"
+        )
