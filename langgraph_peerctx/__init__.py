@@ -26,6 +26,7 @@ from langgraph_peerctx.messaging.context_handler import ContextRequestHandler
 from langgraph_peerctx.messaging.embedded_broker import EmbeddedBroker
 from langgraph_peerctx.messaging.producer import KafkaMessageProducer
 from langgraph_peerctx.nodes.peer_context_node import PeerContextNode, peer_context_retry_policy
+from langgraph_peerctx.nodes.peer_context_subgraph import create_peer_context_subgraph
 from langgraph_peerctx.nodes.state import PeerContextState, merge_peer_context
 from langgraph_peerctx.persistence.event_store import (
     EventStore,
@@ -79,6 +80,7 @@ __all__ = [
     "UnknownChannelError",
     "UnknownTopicError",
     "arecord_interaction",
+    "create_peer_context_subgraph",
     "get_event_store",
     "get_service_manager",
     "merge_peer_context",

@@ -4,12 +4,12 @@ import asyncio
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from runtime_threads import no_runtime_left, running_threads
 
 from langgraph_peerctx import background
 from langgraph_peerctx.config import KafkaConfig, PeerContextSettings
@@ -26,21 +26,8 @@ NOWHERE = PeerContextSettings(
 
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
-    """Each test begins and ends without a runtime and its thread."""
-    assert background.settings_in_use() is None
-    yield
-    background.stop_kept_runtime()
-    assert background.settings_in_use() is None
-    for _ in range(200):
-        if not threads():
-            break
-        time.sleep(0.01)
-    assert threads() == []
-
-
-def threads() -> list[str]:
-    ours = ("peerctx-runtime", "peerctx-background")
-    return [thread.name for thread in threading.enumerate() if thread.name in ours]
+    with no_runtime_left():
+        yield
 
 
 async def ask(runtime: PeerContextRuntime) -> PeerContext:
@@ -74,7 +61,7 @@ async def test_it_serves_any_thread_and_any_loop() -> None:
     contexts = [await runtime.acall(ask), *await asyncio.to_thread(elsewhere)]
     assert [context.degraded[0][:9] for context in contexts] == ["mock mode"] * 3
     await lease.arelease()
-    assert "peerctx-runtime" not in threads()
+    assert "peerctx-runtime" not in running_threads()
 
 
 async def test_cancelling_the_caller_cancels_the_work() -> None:

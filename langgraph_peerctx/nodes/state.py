@@ -1,7 +1,9 @@
 """The channel in which a workflow receives what its peers remember."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Final, Literal, TypedDict
+from typing import Annotated, Any, Final, Literal
+
+from typing_extensions import TypedDict  # pydantic makes schemas of this one only, up to 3.11
 
 EvidenceSource = Literal["checkpoint", "own", "peer", "inference"]
 EVIDENCE_RANKS: Final[Mapping[str, int]] = {"checkpoint": 4, "own": 3, "peer": 2, "inference": 1}

@@ -5,12 +5,19 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from runtime_threads import no_runtime_left
 
 from langgraph_peerctx import background
 from langgraph_peerctx.config import KafkaConfig, PeerContextSettings
 from langgraph_peerctx.messaging.context_handler import ContextRequestHandler
 from langgraph_peerctx.messaging.embedded_broker import EmbeddedBroker
 from langgraph_peerctx.persistence.event_store import EventStore, record_interaction
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(bootstrap_servers: str) -> Iterator[None]:  # noqa: ARG001 - the broker outlives it
+    with no_runtime_left():
+        yield
 
 
 @pytest.fixture(scope="module")

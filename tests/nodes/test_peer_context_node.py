@@ -2,7 +2,6 @@
 
 import asyncio
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypedDict
 
@@ -191,15 +190,6 @@ def test_bad_input_is_named(state: Any, error: type[Exception], said: str) -> No
         graph().invoke(state, config())
 
 
-@pytest.fixture
-def quiet() -> Iterator[None]:
-    assert background.settings_in_use() is None
-    yield
-    background.stop_kept_runtime()
-    assert background.settings_in_use() is None
-
-
-@pytest.mark.usefixtures("quiet")
 def test_outside_a_graph_a_thread_must_be_named() -> None:
     settings = PeerContextSettings(mock_mode="always", timeout_seconds=0.1)
     node = PeerContextNode(settings=settings)
@@ -210,7 +200,6 @@ def test_outside_a_graph_a_thread_must_be_named() -> None:
     assert update["peer_context_report"]["degraded"][0].startswith("mock mode")
 
 
-@pytest.mark.usefixtures("quiet")
 async def test_it_starts_the_runtime_if_need_be_and_keeps_it() -> None:
     settings = PeerContextSettings(mock_mode="always", timeout_seconds=0.1)
     app = graph(PeerContextNode(settings=settings))
@@ -222,7 +211,6 @@ async def test_it_starts_the_runtime_if_need_be_and_keeps_it() -> None:
     assert before == after
 
 
-@pytest.mark.usefixtures("quiet")
 async def test_switched_off_it_asks_nobody_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PEER_CONTEXT_ENABLED", "false")
     state = await graph(PeerContextNode()).ainvoke(ABOUT, config())
@@ -255,7 +243,6 @@ async def test_too_few_answers_are_tried_again_by_a_retry_policy() -> None:
     assert events.count("request_sent") == 3
 
 
-@pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize("is_async", [True, False])
 async def test_a_broker_that_is_not_there_is_retried_and_a_wrong_id_is_not(
     monkeypatch: pytest.MonkeyPatch, *, is_async: bool

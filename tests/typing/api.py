@@ -23,6 +23,7 @@ from langgraph_peerctx import (
     Reconstruction,
     RecoveryResult,
     arecord_interaction,
+    create_peer_context_subgraph,
     get_service_manager,
     merge_peer_context,
     peer_context_retry_policy,
@@ -98,6 +99,7 @@ async def recovering() -> str:
     builder = StateGraph(State)
     builder.add_node("peer_context", PeerContextNode())
     builder.add_node("again", PeerContextNode(), retry_policy=peer_context_retry_policy())
+    builder.add_node("steps", create_peer_context_subgraph(expect=["a"]).compile())
     builder.add_node("write", lambda state: {"topic": state["topic"]})
     builder.add_edge(START, "peer_context")
     workflow = builder.compile(checkpointer=InMemorySaver())
