@@ -42,6 +42,7 @@ from langgraph_peerctx.reconstruction.reconstructor import (
     recover_and_resume_workflow_async,
 )
 from langgraph_peerctx.reconstruction.recovery import RecoveryResult
+from langgraph_peerctx.reconstruction.recovery_graph import create_recovery_graph
 from langgraph_peerctx.runtime import PeerContextRuntime
 
 __all__ = [
@@ -81,6 +82,7 @@ __all__ = [
     "UnknownTopicError",
     "arecord_interaction",
     "create_peer_context_subgraph",
+    "create_recovery_graph",
     "get_event_store",
     "get_service_manager",
     "merge_peer_context",

@@ -4,11 +4,11 @@ import logging
 from collections.abc import Collection, Iterable
 from contextlib import AsyncExitStack
 from types import TracebackType
-from typing import Self
+from typing import Self, Unpack
 
 from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.errors import BrokerUnavailableError, ConfigurationError
-from langgraph_peerctx.gathering.gatherer import Enough, Gatherer, OnAnswer, OnSent
+from langgraph_peerctx.gathering.gatherer import Enough, Gatherer, OnAnswer, OnSent, Question
 from langgraph_peerctx.gathering.peer_context import PeerContext
 from langgraph_peerctx.gathering.steps import GatherSteps
 from langgraph_peerctx.messaging.mock_transport import create_transport
@@ -16,7 +16,7 @@ from langgraph_peerctx.messaging.reply_inbox import ReplyInbox
 from langgraph_peerctx.messaging.topics import topics_for
 from langgraph_peerctx.messaging.transport import Transport
 from langgraph_peerctx.persistence.event_store import EventStore, get_event_store
-from langgraph_peerctx.protocol.messages import InDoubtKey
+from langgraph_peerctx.protocol.messages import ContextRequest, InDoubtKey
 
 _logger = logging.getLogger(__name__)
 
@@ -76,6 +76,15 @@ class PeerContextRuntime:
         if self._gatherer is None:
             raise ConfigurationError("this runtime is not started: use it in an `async with`")
         return self._gatherer
+
+    def request(self, **question: Unpack[Question]) -> ContextRequest:
+        """Return a question with the settings' defaults; nothing is sent. See `Gatherer.request`.
+
+        Raises:
+            ConfigurationError: If the runtime does not run.
+            ProtocolError: If an id is illegal or a value out of its range.
+        """
+        return self.gatherer.request(**question)
 
     @property
     def steps(self) -> GatherSteps:

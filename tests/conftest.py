@@ -3,13 +3,20 @@
 import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 os.environ["LANGGRAPH_STRICT_MSGPACK"] = "true"  # before LangGraph is imported
 
 import pytest
 import pytest_asyncio
+from runtime_threads import no_runtime_left
 from services.kafka import KafkaMissingError, KafkaServer
 from services.postgres import PostgresMissingError, PostgresServer
+from two_peers import Peers, two_peers
+
+from langgraph_peerctx.config import KafkaConfig, PeerContextSettings
+from langgraph_peerctx.messaging.embedded_broker import EmbeddedBroker
+from langgraph_peerctx.persistence.event_store import EventStore
 
 
 def missing(what: str, why: object) -> None:
@@ -67,3 +74,31 @@ def postgres_url(postgres_server: PostgresServer) -> Iterator[str]:
     """A fresh empty database's address."""
     with postgres_server.database() as url:
         yield url
+
+
+@pytest.fixture(scope="module")
+def embedded_servers() -> Iterator[str]:
+    with EmbeddedBroker(["agent.context.request", "agent.context.response.reconstructor"]) as b:
+        yield b.bootstrap_servers
+
+
+@pytest.fixture
+def embedded_settings(
+    embedded_servers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> PeerContextSettings:
+    """What the environment says too; the agent's own store is there, and empty."""
+    monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", embedded_servers)
+    monkeypatch.setenv("PEER_CONTEXT_DATABASE_URL", f"sqlite:///{tmp_path}/own.db")
+    monkeypatch.setenv("PEER_CONTEXT_MOCK_MODE", "never")
+    settings = PeerContextSettings()
+    assert settings.kafka == KafkaConfig(bootstrap_servers=embedded_servers)
+    EventStore(settings.database_url).close()
+    return settings
+
+
+@pytest.fixture
+async def two(embedded_settings: PeerContextSettings, tmp_path: Path) -> AsyncIterator[Peers]:
+    """Two peers on the embedded broker, and no runtime left at the end."""
+    with no_runtime_left():
+        async with two_peers(embedded_settings, tmp_path) as peers:
+            yield peers

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, TypeGuard
+from typing import Any, NotRequired, TypedDict, TypeGuard
 
 from pydantic import ValidationError
 
@@ -30,6 +30,19 @@ _logger = logging.getLogger(__name__)
 OnAnswer = Callable[[ContextResponse], None]
 OnSent = Callable[[], None]
 Enough = Callable[[Sequence[ContextResponse]], bool]
+
+
+class Question(TypedDict):
+    """What `Gatherer.request` takes."""
+
+    failed_agent_id: str
+    thread_id: str
+    time_window_seconds: NotRequired[float | None]
+    run_id: NotRequired[str | None]
+    epoch: NotRequired[int]
+    attempt: NotRequired[int]
+    in_doubt: NotRequired[Iterable[InDoubtKey]]
+    correlation_id: NotRequired[str | None]
 
 
 class Gatherer:

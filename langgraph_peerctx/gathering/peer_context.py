@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Final
 
 from pydantic import JsonValue, TypeAdapter
+from pydantic_core import to_json
 
 from langgraph_peerctx.protocol.messages import InDoubtAnswer, Interaction, Json
 
@@ -162,18 +163,19 @@ class PeerContext:
             "in_doubt": [answer.model_dump(mode="json") for answer in self.in_doubt],
         }
 
-    def model_dump_json(self) -> str:
-        """Return all of it as one JSON text, for `model_validate_json`."""
-        return _ADAPTER.dump_json(self).decode()
+    def as_json(self) -> Json:
+        """Return all of it as plain JSON, for `from_json`."""
+        whole: Json = _ADAPTER.dump_python(self, mode="json")
+        return whole
 
     @staticmethod
-    def model_validate_json(text: str) -> "PeerContext":
-        """Return what `model_dump_json` made a text of.
+    def from_json(whole: Json) -> "PeerContext":
+        """Return what `as_json` made plain.
 
         Raises:
-            ValueError: If it is no such text.
+            ValueError: If it is nothing of the kind.
         """
-        return _ADAPTER.validate_json(text)
+        return _ADAPTER.validate_json(to_json(whole))
 
 
 _ADAPTER: Final[TypeAdapter[PeerContext]] = TypeAdapter(PeerContext)

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 from langgraph_peerctx.config import PeerContextSettings
-from langgraph_peerctx.errors import BrokerUnavailableError
+from langgraph_peerctx.errors import BrokerUnavailableError, SendOutcomeUnknownError
 from langgraph_peerctx.gathering.gatherer import Gatherer, NothingSentError, Wanted, switched_off
 from langgraph_peerctx.gathering.peer_context import PeerContext
 from langgraph_peerctx.identifiers import is_legal_id
@@ -39,11 +39,13 @@ class Asked:
 
     Attributes:
         at: When it was asked.
-        trouble: Why it certainly did not leave; then nothing can come.
+        trouble: Why it did not leave, or may not have left.
+        is_certain: Whether it certainly did not leave: then nothing can come.
     """
 
     at: datetime
     trouble: str | None = None
+    is_certain: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -52,13 +54,13 @@ class _Open:
 
     Attributes:
         inbox: Where its answers come.
-        asked: Whether this process has asked.
+        asked_at: When this process asked, by the loop's clock; None if it did not.
     """
 
     slot: Slot
     inbox: ReplyInbox
     stack: AsyncExitStack
-    asked: bool = False
+    asked_at: float | None = None
 
 
 class GatherSteps:
@@ -101,7 +103,12 @@ class GatherSteps:
         return offsets
 
     async def ask(
-        self, request: ContextRequest, since: Offsets, expect: Collection[str] = ()
+        self,
+        request: ContextRequest,
+        since: Offsets,
+        expect: Collection[str] = (),
+        *,
+        timeout_seconds: float | None = None,
     ) -> Asked:
         """Send a question to those of whom no answer is there yet.
 
@@ -109,6 +116,7 @@ class GatherSteps:
             request: The question.
             since: What `position` returned, in whichever process.
             expect: Who should answer; without it everybody is asked.
+            timeout_seconds: The window, in seconds; by default the settings'. It begins here.
 
         Raises:
             BrokerUnavailableError: If it could not be sent, and mock mode is `never`.
@@ -117,13 +125,18 @@ class GatherSteps:
         if not self._settings.enabled:
             return Asked(at=at)
         gather = await self._gather(request, since)
-        gather.asked = True
+        gather.asked_at = asyncio.get_running_loop().time()
         try:
-            await self._ask_missing(request, gather, expect)
+            async with asyncio.timeout(self._window(timeout_seconds)):
+                await self._ask_missing(request, gather, expect)
+        except TimeoutError:
+            return Asked(at=at, trouble="the broker did not confirm the request in time")
+        except SendOutcomeUnknownError as error:
+            return Asked(at=at, trouble=str(error))
         except BrokerUnavailableError as error:
             if self._settings.mock_mode == "never":
                 raise
-            return Asked(at=at, trouble=str(error))
+            return Asked(at=at, trouble=str(error), is_certain=True)
         return Asked(at=at)
 
     async def collect(
@@ -135,11 +148,10 @@ class GatherSteps:
         *,
         timeout_seconds: float | None = None,
     ) -> PeerContext:
-        """Wait for the answers; see `Gatherer.gather`.
+        """Wait for the answers; see `Gatherer.gather`. The window counts from the asking.
 
         A process that takes over sees what has arrived. Whoever was expected and has not answered
-        is asked again and has the whole window; where nobody was expected, the rest of the window
-        counts from the asking.
+        is asked again, and has the whole window once more.
 
         Args:
             request: The question.
@@ -155,16 +167,17 @@ class GatherSteps:
         if not self._settings.enabled:
             return switched_off(request.failed_agent_id, request.thread_id)
         gather = await self._gather(request, since)
-        window = self._settings.timeout_seconds if timeout_seconds is None else timeout_seconds
-        if not gather.asked and not wanted.expected:
-            passed = (datetime.now(UTC) - asked.at).total_seconds()
-            window = max(0.0, window - max(0.0, passed))
+        window = self._window(timeout_seconds)
+        if gather.asked_at is not None:
+            window -= asyncio.get_running_loop().time() - gather.asked_at
+        elif not wanted.expected:
+            window -= max(0.0, (datetime.now(UTC) - asked.at).total_seconds())
         result = await self._gatherer.collect(
             request,
             gather.slot,
             wanted,
             ask=partial(self._again, request, gather, asked, wanted.expected),
-            timeout_seconds=window,
+            timeout_seconds=max(0.0, window),
             inbox=gather.inbox,
         )
         await self._forget(request)
@@ -176,13 +189,15 @@ class GatherSteps:
             _, gather = self._open.popitem()
             await gather.stack.aclose()
 
+    def _window(self, timeout_seconds: float | None) -> float:
+        return self._settings.timeout_seconds if timeout_seconds is None else timeout_seconds
+
     def _again(
         self, request: ContextRequest, gather: _Open, asked: Asked, expect: Collection[str]
     ) -> Coroutine[Any, Any, None]:
         """Ask where another process did it, if we know whom; else pass on what became of it."""
-        if gather.asked or not expect:
-            return _nothing_but(asked.trouble)
-        gather.asked = True
+        if gather.asked_at is not None or not expect:
+            return _nothing_but(asked)
         return self._ask_missing(request, gather, expect)
 
     async def _ask_missing(
@@ -246,9 +261,9 @@ class GatherSteps:
             _logger.warning("the answers that had arrived could not all be read: %s", inbox.lost)
 
 
-async def _nothing_but(trouble: str | None) -> None:
-    if trouble is not None:
-        raise NothingSentError(trouble)
+async def _nothing_but(asked: Asked) -> None:
+    if asked.trouble is not None:
+        raise (NothingSentError if asked.is_certain else SendOutcomeUnknownError)(asked.trouble)
 
 
 def _addressees(names: Collection[str]) -> Collection[str]:

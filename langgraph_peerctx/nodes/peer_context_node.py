@@ -11,10 +11,9 @@ from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.errors import BrokerUnavailableError, StoreBusyError, TooFewResponsesError
 from langgraph_peerctx.gathering.gatherer import switched_off
 from langgraph_peerctx.gathering.peer_context import PeerContext
-from langgraph_peerctx.nodes.on_runtime import OnRuntime, Update, Work
+from langgraph_peerctx.nodes.on_runtime import NodeRuntime, OnRuntime, Update, Work
 from langgraph_peerctx.nodes.progress import Progress, progress_here
 from langgraph_peerctx.nodes.reading import seconds_in, text_in, thread_in
-from langgraph_peerctx.runtime import PeerContextRuntime
 
 
 def peer_context_retry_policy(max_attempts: int = 3) -> RetryPolicy:
@@ -93,9 +92,7 @@ class PeerContextNode(OnRuntime):
         """See `OnRuntime.without`."""
         return self._update(progress_here(), switched_off(*self._whom(state, config)))
 
-    async def _gather(
-        self, runtime: PeerContextRuntime, *, progress: Progress, **question: Any
-    ) -> Update:
+    async def _gather(self, runtime: NodeRuntime, *, progress: Progress, **question: Any) -> Update:
         progress.asking(question["failed_agent_id"], question["thread_id"], self._expect)
         context = await runtime.gather(
             **question,

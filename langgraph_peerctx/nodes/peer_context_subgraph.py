@@ -19,11 +19,11 @@ from typing_extensions import TypedDict  # pydantic makes schemas of this one on
 
 from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.errors import ConfigurationError
-from langgraph_peerctx.gathering.gatherer import Wanted, switched_off
+from langgraph_peerctx.gathering.gatherer import OnAnswer, Wanted, switched_off
 from langgraph_peerctx.gathering.peer_context import PeerContext
 from langgraph_peerctx.gathering.steps import Asked
 from langgraph_peerctx.messaging.transport import Offsets
-from langgraph_peerctx.nodes.on_runtime import OnRuntime, Update, Work
+from langgraph_peerctx.nodes.on_runtime import NodeRuntime, OnRuntime, RuntimeSource, Update, Work
 from langgraph_peerctx.nodes.progress import Progress, progress_here
 from langgraph_peerctx.nodes.reading import (
     count_in,
@@ -33,8 +33,7 @@ from langgraph_peerctx.nodes.reading import (
     thread_in,
     value_in,
 )
-from langgraph_peerctx.protocol.messages import ContextRequest
-from langgraph_peerctx.runtime import PeerContextRuntime
+from langgraph_peerctx.protocol.messages import ContextRequest, ContextResponse, InDoubtKey
 
 
 class PeerContextInput(TypedDict, total=False):
@@ -182,8 +181,10 @@ def told(context: PeerContext) -> Update:
 class Position(OnRuntime):
     """Notes where the answers will be read from; nothing is sent."""
 
-    def __init__(self, settings: PeerContextSettings | None = None) -> None:
-        super().__init__("position", settings)
+    def __init__(
+        self, settings: PeerContextSettings | None = None, source: RuntimeSource | None = None
+    ) -> None:
+        super().__init__("position", settings, source)
 
     def work(self, state: Any, config: RunnableConfig) -> Work:
         """See `OnRuntime.work`."""
@@ -192,6 +193,8 @@ class Position(OnRuntime):
             failed_agent_id=text_in(state, "failed_agent_id", "the agent that failed"),
             thread_id=thread_in(state, "thread_id", config),
             time_window_seconds=seconds_in(state, "time_window_seconds"),
+            run_id=value_in(state, "run_id"),
+            in_doubt=_in_doubt_in(state),
         )
 
     def without(self, state: Any, config: RunnableConfig) -> Update:
@@ -204,8 +207,13 @@ class Position(OnRuntime):
 class RequestContext(OnRuntime):
     """Sends the question to those of whom no answer is there yet."""
 
-    def __init__(self, limits: Limits, settings: PeerContextSettings | None = None) -> None:
-        super().__init__("request_context", settings)
+    def __init__(
+        self,
+        limits: Limits,
+        settings: PeerContextSettings | None = None,
+        source: RuntimeSource | None = None,
+    ) -> None:
+        super().__init__("request_context", settings, source)
         self._limits = limits
 
     def work(self, state: Any, config: RunnableConfig) -> Work:
@@ -216,7 +224,7 @@ class RequestContext(OnRuntime):
             _request,
             request=request,
             since=since,
-            expect=self._limits.under(state).expect,
+            limits=self._limits.under(state),
             progress=progress_here(),
         )
 
@@ -234,8 +242,11 @@ class CollectContext(OnRuntime):
         limits: Limits,
         write: Callable[[PeerContext], Update],
         settings: PeerContextSettings | None = None,
+        source: RuntimeSource | None = None,
+        on_answer: OnAnswer | None = None,
     ) -> None:
-        super().__init__("collect_context", settings)
+        super().__init__("collect_context", settings, source)
+        self._on_answer = on_answer
         self._limits = limits
         self._write = write
 
@@ -257,43 +268,59 @@ class CollectContext(OnRuntime):
 
     async def _collect(
         self,
-        runtime: PeerContextRuntime,
+        runtime: NodeRuntime,
         *,
         question: tuple[ContextRequest, Offsets],
         asked: Asked,
         limits: Limits,
         progress: Progress,
     ) -> Update:
+        def heard(response: ContextResponse) -> None:
+            progress.answer(response)
+            if self._on_answer is not None:
+                self._on_answer(response)
+
         context = await runtime.steps.collect(
             *question,
             asked,
-            Wanted(limits.expect, limits.min_responses, on_answer=progress.answer),
+            Wanted(limits.expect, limits.min_responses, on_answer=heard),
             timeout_seconds=limits.timeout_seconds,
         )
         progress.covered(context)
         return self._write(context)
 
 
-async def _position(runtime: PeerContextRuntime, **about: Any) -> Update:
-    request = runtime.gatherer.request(**about)
+async def _position(runtime: NodeRuntime, **about: Any) -> Update:
+    request = runtime.request(**about)
     offsets = await runtime.steps.position(request)
     since = [[topic, partition, offset] for (topic, partition), offset in offsets.items()]
     return {"question": {"request": request.model_dump(mode="json"), "since": since}}
 
 
 async def _request(
-    runtime: PeerContextRuntime,
+    runtime: NodeRuntime,
     *,
     request: ContextRequest,
     since: Offsets,
-    expect: Sequence[str],
+    limits: Limits,
     progress: Progress,
 ) -> Update:
-    progress.asking(request.failed_agent_id, request.thread_id, expect)
-    asked = await runtime.steps.ask(request, since, expect)
+    progress.asking(request.failed_agent_id, request.thread_id, limits.expect)
+    asked = await runtime.steps.ask(
+        request, since, limits.expect, timeout_seconds=limits.timeout_seconds
+    )
     if asked.trouble is None:
         progress.sent()
-    return {"asked": {"at": asked.at.isoformat(), "trouble": asked.trouble}}
+    told = {"at": asked.at.isoformat(), "trouble": asked.trouble, "is_certain": asked.is_certain}
+    return {"asked": told}
+
+
+def _in_doubt_in(state: object) -> tuple[InDoubtKey, ...]:
+    keys = value_in(state, "in_doubt") or ()
+    try:
+        return tuple(InDoubtKey.model_validate_json(json.dumps(key)) for key in keys)
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"state['in_doubt'] should be a list of keys: {error}") from None
 
 
 def _question_in(state: object) -> tuple[ContextRequest, Offsets]:
@@ -311,7 +338,11 @@ def _question_in(state: object) -> tuple[ContextRequest, Offsets]:
 def _asked_in(state: object) -> Asked:
     asked = value_in(state, "asked")
     try:
-        return Asked(at=datetime.fromisoformat(asked["at"]), trouble=asked["trouble"])
+        return Asked(
+            at=datetime.fromisoformat(asked["at"]),
+            trouble=asked["trouble"],
+            is_certain=asked["is_certain"],
+        )
     except (TypeError, KeyError, ValueError) as error:
         raise ConfigurationError(
             f"state['asked'] should be what `request_context` wrote: {error!r:.200}"

@@ -2,13 +2,12 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TypeAlias, TypedDict
+from typing import Any, TypeAlias, TypedDict
 
-from langgraph_peerctx.identifiers import new_id
 from langgraph_peerctx.protocol.messages import Json
 
 _logger = logging.getLogger(__name__)
@@ -25,7 +24,10 @@ class StepRecord(TypedDict):
 
 
 class IncidentRecord(TypedDict):
-    """A recovery from beginning to end, as plain JSON."""
+    """A recovery from beginning to end, as plain JSON.
+
+    A recovery that was taken up by another process has one record: its steps are those that ended.
+    """
 
     incident_id: str
     agent_id: str
@@ -47,93 +49,81 @@ OnStep: TypeAlias = Callable[[StepRecord], None]
 nor raise."""
 
 
-@dataclass(slots=True, kw_only=True)
-class Incident:
-    """Keeps the record while a recovery runs.
+@dataclass(slots=True)
+class Step:
+    """A step that is being taken.
 
     Attributes:
-        run_id: The run that is recovered, once the checkpoint has said so.
+        detail: What to say of it.
+        record: The record, once the step has ended.
     """
 
-    agent_id: str
-    thread_id: str
-    on_step: OnStep | None = None
-    run_id: str | None = None
-    incident_id: str = field(default_factory=new_id)
-    started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
-    steps: list[StepRecord] = field(default_factory=list)
-    _start: float = field(default_factory=time.monotonic)
+    detail: Json = field(default_factory=dict)
+    record: StepRecord | None = None
 
-    @property
-    def elapsed_seconds(self) -> float:
-        """The seconds since the beginning."""
-        return round(time.monotonic() - self._start, 6)
 
-    @contextmanager
-    def step(self, name: str) -> Iterator[Json]:
-        """Time a step and report its end, however it ends.
+@contextmanager
+def timed(name: str, *, on_step: OnStep | None = None, **ids: Any) -> Iterator[Step]:
+    """Time a step and report its end, however it ends.
 
-        Yields:
-            A mapping to put the step's detail into.
-        """
-        started_at, start = datetime.now(UTC), time.monotonic()
-        detail: Json = {}
-        outcome = "failed"
-        try:
-            yield detail
-            outcome = "done"
-        finally:
-            self._report(
-                StepRecord(
-                    step=name,
-                    started_at=started_at.isoformat(),
-                    elapsed_seconds=round(time.monotonic() - start, 6),
-                    outcome=outcome,
-                    detail=detail,
-                )
-            )
-
-    def record(
-        self,
-        *,
-        status: str,
-        checkpoint: Json | None,
-        coverage: Json | None,
-        conflicts: list[Json],
-        in_doubt: list[Json],
-        provenance: list[Json],
-    ) -> IncidentRecord:
-        """Close the record."""
-        return IncidentRecord(
-            incident_id=self.incident_id,
-            agent_id=self.agent_id,
-            thread_id=self.thread_id,
-            run_id=self.run_id,
-            started_at=self.started_at.isoformat(),
-            elapsed_seconds=self.elapsed_seconds,
-            status=status,
-            steps=list(self.steps),
-            checkpoint=checkpoint,
-            coverage=coverage,
-            conflicts=conflicts,
-            in_doubt=in_doubt,
-            provenance=provenance,
+    Args:
+        name: The step's.
+        on_step: Is told of it.
+        **ids: What the log says beside it: `incident_id`, `agent_id`, `thread_id`.
+    """
+    started_at, start = datetime.now(UTC), time.monotonic()
+    step, outcome = Step(), "failed"
+    try:
+        yield step
+        outcome = "done"
+    finally:
+        step.record = StepRecord(
+            step=name,
+            started_at=started_at.isoformat(),
+            elapsed_seconds=round(time.monotonic() - start, 6),
+            outcome=outcome,
+            detail=step.detail,
         )
+        _report(step.record, on_step, ids)
 
-    def _report(self, record: StepRecord) -> None:
-        self.steps.append(record)
-        _logger.info(
-            "%s %s in %.3f s",
-            record["step"],
-            record["outcome"],
-            record["elapsed_seconds"],
-            extra={
-                "incident_id": self.incident_id,
-                "agent_id": self.agent_id,
-                "thread_id": self.thread_id,
-                "step": record["step"],
-                "detail": record["detail"],
-            },
-        )
-        if self.on_step is not None:
-            self.on_step(record)
+
+def incident_record(
+    state: Mapping[str, Any], status: str, evidence: Mapping[str, Any] | None
+) -> IncidentRecord:
+    """Close the record.
+
+    Args:
+        state: The recovery's state.
+        status: How it ended.
+        evidence: What was put together, if it came so far.
+    """
+    evidence = evidence or {}
+    began = datetime.fromisoformat(state["started_at"])
+    steps: Sequence[StepRecord] = state["steps"]
+    return IncidentRecord(
+        incident_id=state["incident_id"],
+        agent_id=state["failed_agent_id"],
+        thread_id=state["thread_id"],
+        run_id=state.get("run_id"),
+        started_at=state["started_at"],
+        elapsed_seconds=max(0.0, round((datetime.now(UTC) - began).total_seconds(), 6)),
+        status=status,
+        steps=list(steps),
+        checkpoint=state.get("checkpoint"),
+        coverage=evidence.get("coverage"),
+        conflicts=evidence.get("conflicts", []),
+        in_doubt=evidence.get("in_doubt", []),
+        provenance=evidence.get("provenance", []),
+    )
+
+
+def _report(record: StepRecord, on_step: OnStep | None, ids: Mapping[str, Any]) -> None:
+    _logger.info(
+        "%s %s in %.3f s",
+        record["step"],
+        record["outcome"],
+        record["elapsed_seconds"],
+        extra={**ids, "step": record["step"], "detail": record["detail"]},
+    )
+    if on_step is not None:
+        on_step(record)

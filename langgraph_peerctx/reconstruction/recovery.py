@@ -1,51 +1,26 @@
-"""From a dead agent's thread to a workflow that goes on."""
+"""From a dead agent's thread to a workflow that goes on: the recovery graph, run once."""
 
-import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypedDict
+from contextlib import AsyncExitStack
+from functools import partial
+from typing import Any, Self, TypedDict
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.types import Durability
 
 from langgraph_peerctx.config import PeerContextSettings
-from langgraph_peerctx.errors import PeerContextError
 from langgraph_peerctx.gathering.gatherer import OnAnswer
 from langgraph_peerctx.identifiers import check_id
-from langgraph_peerctx.protocol.messages import InDoubtKey, Json
-from langgraph_peerctx.reconstruction.checkpoint import CheckpointView, load_checkpoint
-from langgraph_peerctx.reconstruction.evidence import Reconstruction, reconstruct
-from langgraph_peerctx.reconstruction.incident import Incident, IncidentRecord, OnStep
-from langgraph_peerctx.reconstruction.resume import (
-    Decision,
-    Delivery,
-    Ending,
-    Outcome,
-    RecoveryStatus,
-    conclude,
-    decide,
-    deliver_at_head,
-    deliver_at_start,
-    project,
-    resume_workflow,
-)
-from langgraph_peerctx.reconstruction.sources import (
-    ContextRuntime,
-    EvidenceQuery,
-    collect_context,
-    collect_own_events,
-    open_sources,
-)
-from langgraph_peerctx.reconstruction.workflow import (
-    Workflow,
-    check_initial_state,
-    compiled,
-    of_run,
-    safest_durability,
-    thread_config,
-)
-
-_logger = logging.getLogger(__name__)
+from langgraph_peerctx.nodes.on_runtime import Update, Work
+from langgraph_peerctx.nodes.peer_context_subgraph import Limits
+from langgraph_peerctx.protocol.messages import InDoubtKey
+from langgraph_peerctx.reconstruction.incident import IncidentRecord, OnStep
+from langgraph_peerctx.reconstruction.isolation import in_empty_context
+from langgraph_peerctx.reconstruction.recovery_graph import RecoveryPlan, RecoverySteps
+from langgraph_peerctx.reconstruction.resume import RecoveryStatus
+from langgraph_peerctx.reconstruction.sources import ContextRuntime
+from langgraph_peerctx.reconstruction.workflow import Workflow, compiled, thread_config
+from langgraph_peerctx.runtime import PeerContextRuntime
 
 
 class RecoveryResult(TypedDict):
@@ -55,7 +30,8 @@ class RecoveryResult(TypedDict):
         recovered: Whether the workflow was run and did not fail.
         status: `resumed` and `restarted` (from `initial_state`) ended; `already_finished`,
             `nothing_to_recover` and `needs_context` were not run; `waiting_for_human` is it now,
-            whether it was run (`recovered`) or not; `failed` raised again. More may come.
+            whether it was run (`recovered`) or not; `not_approved` was not run because a human
+            said no; `failed` raised again. More may come.
         peer_context_used: Whether what peers know has reached the workflow's state.
         degraded: Whether the recovery had to do without something that it should have had.
         reasons: What that was, and why the status is what it is; each begins with a word and a
@@ -71,22 +47,6 @@ class RecoveryResult(TypedDict):
     reasons: list[str]
     final_state: Any
     incident: IncidentRecord
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecoveryOrder:
-    """One recovery as it was ordered, checked."""
-
-    workflow: Workflow
-    config: RunnableConfig
-    query: EvidenceQuery
-    initial_state: Any
-    context: Any
-    channel: str
-    durability: Durability | None
-    settings: PeerContextSettings
-    runtime: ContextRuntime | None
-    on_answer: OnAnswer | None
 
 
 async def recover_and_resume_workflow_async(
@@ -147,182 +107,67 @@ async def recover_and_resume_workflow_async(
         RecoveryError: If the thread cannot be read as this workflow's; nothing was run.
     """
     settings = settings or (runtime.settings if runtime else PeerContextSettings())
-    order = RecoveryOrder(
-        workflow=compiled(workflow),
-        config=thread_config(config, thread_id),
-        query=EvidenceQuery(
-            agent_id=check_id(agent_id, "agent_id"),
-            thread_id=thread_id,
+    source = _Borrowed(runtime) if runtime else _Opened(settings)
+    steps = RecoverySteps(
+        RecoveryPlan(
+            workflow=compiled(workflow),
+            channel=peer_context_channel,
+            context=context,
+            config=config,
+            durability=durability,
+            initial_state=initial_state,
             use_peer_context=use_peer_context,
-            peer_timeout_seconds=peer_context_timeout,
-            time_window_seconds=time_window_seconds,
-            expect=tuple(expect),
-            min_responses=min_responses,
-            in_doubt=tuple(in_doubt),
-        ),
-        initial_state=initial_state,
-        context=context,
-        channel=peer_context_channel,
-        durability=durability or safest_durability(workflow),
-        settings=settings,
-        runtime=runtime,
-        on_answer=on_answer,
-    )
-    check_initial_state(workflow, initial_state)
-    incident = Incident(agent_id=agent_id, thread_id=thread_id, on_step=on_step)
-    view, decision = await _load(order, incident)
-    if decision.action == "stop":
-        return _stopped(order, incident, view, decision)
-    evidence = await _reconstruct(order, incident, view)
-    delivery = _deliver(order, view, decision, evidence)
-    outcome = await _resume(order, incident, view, delivery)
-    after = await _look_again(order, incident)
-    ending = conclude(
-        order.workflow,
-        decision,
-        delivery,
-        outcome,
-        before=view,
-        after=after,
-    )
-    return _concluded(order, incident, evidence, delivery, ending)
-
-
-async def _load(order: RecoveryOrder, incident: Incident) -> tuple[CheckpointView, Decision]:
-    with incident.step("load_checkpoint") as detail:
-        view = await load_checkpoint(
-            order.workflow, order.config, timeout_seconds=order.settings.database_timeout_seconds
+            limits=Limits(
+                expect=tuple(expect),
+                timeout_seconds=peer_context_timeout,
+                min_responses=min_responses,
+            ),
+            settings=settings,
+            source=source,
+            open_store=partial(getattr, runtime, "store") if runtime else None,
+            on_step=on_step,
+            on_answer=on_answer,
         )
-        decision = decide(
-            order.workflow,
-            view,
-            has_initial_state=order.initial_state is not None,
-            has_context=order.context is not None,
+    )
+    order = {
+        "failed_agent_id": check_id(agent_id, "agent_id"),
+        "thread_id": thread_config(config, thread_id)["configurable"]["thread_id"],
+        "time_window_seconds": time_window_seconds,
+        "in_doubt": [key.model_dump(mode="json") for key in in_doubt],
+    }
+    async with source:
+        state = await in_empty_context(
+            steps.graph().compile(name="recovery").ainvoke(order), name=f"recover {thread_id}"
         )
-        incident.run_id = view.run_id
-        detail.update(view.as_json(), action=decision.action)
-    return view, decision
+    result: RecoveryResult = state["result"]
+    return {**result, "final_state": steps.final_state}
 
 
-async def _reconstruct(
-    order: RecoveryOrder, incident: Incident, view: CheckpointView
-) -> Reconstruction:
-    query = replace(order.query, run_id=view.run_id).reaching(
-        view.created_at, order.settings.time_window_seconds
-    )
-    async with open_sources(
-        use_peer_context=query.use_peer_context,
-        runtime=order.runtime,
-        settings=order.settings,
-    ) as sources:
-        with incident.step("collect_context") as detail:
-            peers = await collect_context(sources, query, on_answer=order.on_answer)
-            detail.update(facts=len(peers.facts) if peers else 0, asked=peers is not None)
-        with incident.step("reconstruct") as detail:
-            own = await collect_own_events(sources, query)
-            evidence = reconstruct(query, view, own, peers)
-            detail.update(own_events=len(own.events), degraded=evidence["degraded"])
-    return evidence
+class _Borrowed:
+    """A runtime of the caller's, on the caller's loop."""
+
+    def __init__(self, runtime: ContextRuntime) -> None:
+        self._runtime = runtime
+
+    async def acall(self, work: Work) -> Update:
+        return await work(self._runtime)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """It stays open."""
 
 
-def _deliver(
-    order: RecoveryOrder, view: CheckpointView, decision: Decision, evidence: Reconstruction
-) -> Delivery:
-    facts = evidence["peer_context"]
-    if decision.action == "restart":
-        return deliver_at_start(order.workflow, order.initial_state, order.channel, facts)
-    return deliver_at_head(order.workflow, view, order.channel, facts)
+class _Opened(AsyncExitStack):
+    """A runtime that is opened when it is first needed, and closed at the end."""
 
+    def __init__(self, settings: PeerContextSettings) -> None:
+        super().__init__()
+        self._settings = settings
+        self._runtime: PeerContextRuntime | None = None
 
-async def _resume(
-    order: RecoveryOrder, incident: Incident, view: CheckpointView, delivery: Delivery
-) -> Outcome:
-    with incident.step("resume_workflow") as detail:
-        detail.update(durability=order.durability, channel=delivery.channel)
-        outcome = await resume_workflow(
-            order.workflow,
-            of_run(order.config, view.run_id),
-            delivery,
-            context=order.context,
-            durability=order.durability,
-        )
-        detail.update(error=None if outcome.error is None else type(outcome.error).__name__)
-    return outcome
-
-
-async def _look_again(order: RecoveryOrder, incident: Incident) -> CheckpointView | None:
-    """Return the thread as it is now, or None if the checkpointer does not say."""
-    with incident.step("verify") as detail:
-        try:
-            view = await load_checkpoint(
-                order.workflow,
-                order.config,
-                timeout_seconds=order.settings.database_timeout_seconds,
-            )
-        except PeerContextError:  # the run counts, whatever keeps us from seeing its end
-            _logger.warning(
-                "the workflow was run, and its checkpoint cannot be read",
-                exc_info=True,
-                extra={"thread_id": order.query.thread_id},
-            )
-            return None
-        detail.update(view.as_json())
-    return view
-
-
-def _stopped(
-    order: RecoveryOrder, incident: Incident, view: CheckpointView, decision: Decision
-) -> RecoveryResult:
-    status = decision.status or "nothing_to_recover"
-    return RecoveryResult(
-        recovered=False,
-        status=status,
-        peer_context_used=False,
-        degraded=False,
-        reasons=list(decision.reasons),
-        final_state=project(order.workflow, view),
-        incident=_record(incident, status, view.as_json() if view.exists else None, None),
-    )
-
-
-def _concluded(
-    order: RecoveryOrder,
-    incident: Incident,
-    evidence: Reconstruction,
-    delivery: Delivery,
-    ending: Ending,
-) -> RecoveryResult:
-    # Whoever did not want the peers asked does not miss a channel for their facts.
-    undelivered = delivery.shortfalls if order.query.use_peer_context else ()
-    shortfalls = [*evidence["reasons"], *undelivered, *ending.shortfalls]
-    if shortfalls:
-        _logger.warning(
-            "recovered without all that was asked for: %s",
-            ", ".join(reason.partition(":")[0] for reason in shortfalls),
-            extra={"incident_id": incident.incident_id, "thread_id": incident.thread_id},
-        )
-    return RecoveryResult(
-        recovered=ending.status != "failed",
-        status=ending.status,
-        peer_context_used=delivery.channel is not None,
-        degraded=bool(shortfalls),
-        reasons=[*shortfalls, *ending.reasons],
-        final_state=ending.final_state,
-        incident=_record(incident, ending.status, evidence["checkpoint"], evidence),
-    )
-
-
-def _record(
-    incident: Incident,
-    status: RecoveryStatus,
-    checkpoint: Json | None,
-    evidence: Reconstruction | None,
-) -> IncidentRecord:
-    return incident.record(
-        status=status,
-        checkpoint=checkpoint,
-        coverage=evidence["coverage"] if evidence else None,
-        conflicts=evidence["conflicts"] if evidence else [],
-        in_doubt=evidence["in_doubt"] if evidence else [],
-        provenance=evidence["provenance"] if evidence else [],
-    )
+    async def acall(self, work: Work) -> Update:
+        if self._runtime is None:
+            self._runtime = await self.enter_async_context(PeerContextRuntime(self._settings))
+        return await work(self._runtime)

@@ -24,6 +24,7 @@ RecoveryStatus = Literal[
     "waiting_for_human",
     "needs_context",
     "nothing_to_recover",
+    "not_approved",
     "failed",
 ]
 

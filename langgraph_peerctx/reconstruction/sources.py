@@ -1,7 +1,7 @@
 """Where evidence comes from beside the checkpoint: the agent's own store, and its peers."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -13,6 +13,7 @@ from langgraph_peerctx.errors import BrokerUnavailableError, StoreError
 from langgraph_peerctx.gathering.gatherer import OnAnswer
 from langgraph_peerctx.gathering.peer_context import PeerContext
 from langgraph_peerctx.identifiers import new_id
+from langgraph_peerctx.nodes.on_runtime import NodeRuntime
 from langgraph_peerctx.persistence.event_store import get_event_store
 from langgraph_peerctx.persistence.inspection import has_schema
 from langgraph_peerctx.protocol.messages import WINDOW_LIMIT_SECONDS, InDoubtKey, Interaction
@@ -35,7 +36,7 @@ class OwnEvents(Protocol):
         ...
 
 
-class ContextRuntime(Protocol):
+class ContextRuntime(NodeRuntime, Protocol):
     """What we need of a runtime; `PeerContextRuntime` is the one for production."""
 
     @property
@@ -46,22 +47,6 @@ class ContextRuntime(Protocol):
     @property
     def store(self) -> OwnEvents:
         """The agent's own event store."""
-        ...
-
-    async def gather(
-        self,
-        *,
-        failed_agent_id: str,
-        thread_id: str,
-        timeout_seconds: float | None = None,
-        expect: Sequence[str] = (),
-        min_responses: int | None = None,
-        time_window_seconds: float | None = None,
-        in_doubt: Sequence[InDoubtKey] = (),
-        run_id: str | None = None,
-        on_answer: OnAnswer | None = None,
-    ) -> PeerContext:
-        """Ask the peers what they remember; ends with the window at the latest."""
         ...
 
 
@@ -150,7 +135,7 @@ async def open_sources(
         return
     settings = settings or PeerContextSettings()
     unreached = Sources(
-        open_store=partial(_existing_store, settings.database_url), settings=settings
+        open_store=partial(existing_store, settings.database_url), settings=settings
     )
     if not use_peer_context:
         yield unreached
@@ -165,7 +150,7 @@ async def open_sources(
         yield sources
 
 
-def _existing_store(url: str) -> OwnEvents:
+def existing_store(url: str) -> OwnEvents:
     """Open the store that is there: an empty one that we made would look as if it knew."""
     if not has_schema(url):
         raise StoreError(
@@ -190,7 +175,7 @@ async def collect_context(
     if not query.use_peer_context:
         return None
     if sources.runtime is None:
-        return _nobody_asked(query, sources.shortfalls)
+        return nobody_asked(query, sources.shortfalls)
     try:
         return await sources.runtime.gather(
             failed_agent_id=query.agent_id,
@@ -204,7 +189,7 @@ async def collect_context(
             on_answer=on_answer,
         )
     except BrokerUnavailableError as error:
-        return _nobody_asked(query, (f"no_broker: {error}",))
+        return nobody_asked(query, (f"no_broker: {error}",))
 
 
 async def collect_own_events(sources: Sources, query: EvidenceQuery) -> OwnHistory:
@@ -225,7 +210,8 @@ async def collect_own_events(sources: Sources, query: EvidenceQuery) -> OwnHisto
     return OwnHistory(events=tuple(events[:limit]), shortfalls=cut if len(events) > limit else ())
 
 
-def _nobody_asked(query: EvidenceQuery, degraded: tuple[str, ...]) -> PeerContext:
+def nobody_asked(query: EvidenceQuery, degraded: tuple[str, ...]) -> PeerContext:
+    """Return what is known where nobody could be asked."""
     return PeerContext(
         correlation_id=new_id(),
         failed_agent_id=query.agent_id,

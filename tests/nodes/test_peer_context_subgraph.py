@@ -5,27 +5,22 @@ import json
 import signal
 import sys
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from dying import PLACES
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 from langgraph.graph import START, StateGraph
-from nodes.dying_gather import ABOUT, CONFIG, PLACES, workflow
+from nodes.dying_gather import ABOUT, CONFIG, workflow
 from nodes.test_peer_context_node import State, check
+from two_peers import Peers
 
 from langgraph_peerctx import background
-from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.errors import ConfigurationError, ProtocolError, TooFewResponsesError
-from langgraph_peerctx.messaging.agent_context_service import AgentContextService
-from langgraph_peerctx.messaging.kafka_transport import KafkaTransport
-from langgraph_peerctx.messaging.transport import From, Record
 from langgraph_peerctx.nodes.peer_context_subgraph import create_peer_context_subgraph
-from langgraph_peerctx.persistence.event_store import EventStore, record_interaction
-from langgraph_peerctx.protocol.codec import decode
-from langgraph_peerctx.protocol.messages import ContextRequest
 
 HERE = Path(__file__).parent
 
@@ -121,59 +116,6 @@ def test_its_schemas_read_well() -> None:
 
 
 # Killed
-
-
-class Peers:
-    """`a` answers at once; `b` is away until it is asked a second time."""
-
-    def __init__(self, settings: PeerContextSettings, place: Path) -> None:
-        self.requests: list[ContextRequest] = []
-        self._settings = settings
-        self._place = place
-        self._stack = AsyncExitStack()
-        self._starting: list[asyncio.Task[None]] = []
-
-    async def start(self, name: str) -> None:
-        store = self._stack.enter_context(EventStore(f"sqlite:///{self._place}/{name}.db"))
-        record_interaction(
-            agent_id=name,
-            from_agent="product-agent",
-            to_agent=name,
-            thread_id="thread-1",
-            kind="order",
-            interaction_id=f"order-{name}",
-            store=store,
-        )
-        settings = self._settings.model_copy(update={"process_id": f"host-{name}"})
-        await self._stack.enter_async_context(
-            AgentContextService(name, settings=settings, store=store)
-        )
-
-    def see(self, record: Record) -> None:
-        request = decode(record.value)
-        assert isinstance(request, ContextRequest)
-        self.requests.append(request)
-        if len(self.requests) == 2:
-            self._starting.append(asyncio.create_task(self.start("b")))
-
-    async def close(self) -> None:
-        await asyncio.gather(*self._starting)
-        await self._stack.aclose()
-
-
-@pytest.fixture
-async def two(settings: PeerContextSettings, tmp_path: Path) -> AsyncIterator[Peers]:
-    peers = Peers(settings, tmp_path)
-    transport = KafkaTransport(settings.kafka)
-    await transport.start()
-    try:
-        watching = await transport.subscribe(["agent.context.request"], peers.see, start=From())
-        await watching.positioned()
-        await peers.start("a")
-        yield peers
-        await peers.close()
-    finally:
-        await transport.close()
 
 
 async def killed(place: str, database: Path, *, checkpointer: bool | None = None) -> None:

@@ -1,14 +1,16 @@
 """A runtime whose peers are a list."""
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from langgraph_peerctx.config import PeerContextSettings
-from langgraph_peerctx.gathering.gatherer import OnAnswer
+from langgraph_peerctx.errors import BrokerUnavailableError
+from langgraph_peerctx.gathering.gatherer import OnAnswer, Wanted
 from langgraph_peerctx.gathering.peer_context import Coverage, Fact, PeerContext
-from langgraph_peerctx.protocol.messages import Interaction
+from langgraph_peerctx.gathering.steps import Asked
+from langgraph_peerctx.protocol.messages import ContextRequest, Interaction
 
 NOW = datetime(2030, 1, 1, 12, tzinfo=UTC)
 
@@ -70,10 +72,52 @@ class FakeRuntime:
     settings: PeerContextSettings = field(default_factory=PeerContextSettings)
     questions: list[dict[str, Any]] = field(default_factory=list)
 
-    async def gather(
-        self, *, expect: Sequence[str] = (), on_answer: OnAnswer | None = None, **question: Any
+    @property
+    def steps(self) -> "FakeRuntime":
+        return self
+
+    def request(self, **question: Any) -> ContextRequest:
+        self.questions.append(question)
+        values = {**question, "time_window_seconds": question["time_window_seconds"] or 3_600.0}
+        return ContextRequest(
+            sent_at=NOW, correlation_id="c1", requester_id="reconstructor", **values
+        )
+
+    async def position(self, _request: ContextRequest) -> dict[tuple[str, int], int]:
+        return {("agent.context.response.reconstructor", 0): 7}
+
+    async def ask(
+        self,
+        _request: ContextRequest,
+        _since: Any,
+        expect: Collection[str] = (),
+        *,
+        timeout_seconds: float | None = None,
+    ) -> Asked:
+        self.questions[-1] |= {"expect": tuple(expect), "timeout_seconds": timeout_seconds}
+        if isinstance(self.error, BrokerUnavailableError):
+            raise self.error
+        return Asked(at=NOW)
+
+    async def collect(
+        self,
+        _request: ContextRequest,
+        _since: Any,
+        _asked: Asked,
+        wanted: Wanted,
+        *,
+        timeout_seconds: float | None = None,
     ) -> PeerContext:
-        self.questions.append({"expect": tuple(expect), "on_answer": on_answer, **question})
+        self.questions[-1] |= {
+            "min_responses": wanted.min_responses,
+            "timeout_seconds": timeout_seconds,
+        }
+        if self.error:
+            raise self.error
+        return self.answer
+
+    async def gather(self, *, on_answer: OnAnswer | None = None, **question: Any) -> PeerContext:
+        self.questions.append({"on_answer": on_answer, **question})
         if self.error:
             raise self.error
         return self.answer

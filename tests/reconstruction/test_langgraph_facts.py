@@ -9,8 +9,9 @@ from typing import Annotated, Any, TypedDict
 
 import pytest
 from langchain_core.runnables import RunnableConfig
+from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.serde.types import ERROR
-from langgraph.errors import EmptyInputError, InvalidUpdateError
+from langgraph.errors import EmptyInputError, InvalidUpdateError, NodeError
 from langgraph.func import entrypoint, task
 from langgraph.graph import START, StateGraph
 from langgraph.runtime import get_runtime
@@ -401,3 +402,27 @@ async def test_sync_durability_fails_in_a_subgraph_without_a_checkpointer(bench:
     with pytest.raises(AttributeError, match="_put_checkpoint_fut"):
         await bench.run(graph, {"log": ["in"]})
     assert (await bench.run(graph, None, durability="async"))["note"] == "done"
+
+
+async def test_an_error_handler_that_raises_leaves_a_thread_that_looks_finished() -> None:
+    """So the recovery graph uses none: an error that stops a recovery must be tried again."""
+
+    class Plain(TypedDict, total=False):
+        log: str
+
+    def fail(_state: Plain) -> None:
+        raise OSError("down")
+
+    def pass_on(_state: Plain, error: NodeError) -> None:
+        raise error.error
+
+    builder = StateGraph(Plain)
+    builder.add_node("fail", fail, error_handler=pass_on)
+    builder.add_edge(START, "fail")
+    app = builder.compile(checkpointer=InMemorySaver())
+    config: RunnableConfig = {"configurable": {"thread_id": "1"}}
+    with pytest.raises(OSError, match="down"):
+        await app.ainvoke({"log": "in"}, config)
+
+    assert (await app.aget_state(config)).tasks == ()
+    assert await app.ainvoke(None, config) == {"log": "in"}

@@ -675,7 +675,6 @@ async def test_the_peers_are_asked_as_the_caller_wishes(quick: Bench) -> None:
         peer_context_timeout=1.5,
         time_window_seconds=60.0,
         expect=["inventory-agent"],
-        on_answer=print,
     )
 
     assert quick.runtime.questions == [
@@ -688,7 +687,6 @@ async def test_the_peers_are_asked_as_the_caller_wishes(quick: Bench) -> None:
             "min_responses": None,
             "in_doubt": (),
             "run_id": "run-1",
-            "on_answer": print,
         }
     ]
 
@@ -828,6 +826,8 @@ async def test_the_incident_is_plain_json_and_names_every_step(bench: Bench) -> 
     assert json.loads(json.dumps(incident)) == incident
     assert [step["step"] for step in incident["steps"]] == [
         "load_checkpoint",
+        "position",
+        "request_context",
         "collect_context",
         "reconstruct",
         "resume_workflow",
@@ -865,7 +865,7 @@ async def test_steps_are_logged_with_ids_and_without_payloads(
     result = await quick.recover(graph)
 
     lines = [record for record in caplog.records if record.name.endswith("incident")]
-    assert len(lines) == 5
+    assert len(lines) == 7
     for line in lines:
         assert vars(line)["incident_id"] == result["incident"]["incident_id"]
         assert (vars(line)["agent_id"], vars(line)["thread_id"]) == ("product-agent", "thread-1")

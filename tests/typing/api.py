@@ -24,6 +24,7 @@ from langgraph_peerctx import (
     RecoveryResult,
     arecord_interaction,
     create_peer_context_subgraph,
+    create_recovery_graph,
     get_service_manager,
     merge_peer_context,
     peer_context_retry_policy,
@@ -106,6 +107,8 @@ async def recovering() -> str:
     result: RecoveryResult = await recover_and_resume_workflow_async(
         workflow=workflow, agent_id="product-agent-1", thread_id="thread-1"
     )
+    recovery = create_recovery_graph(workflow, expect=["a"], approve_below_coverage=0.5)
+    recovery.compile(checkpointer=InMemorySaver())
     reconstructor = AgentReconstructor(enable_peer_context=True, peer_context_timeout=5.0)
     evidence: Reconstruction = await reconstructor.reconstruct_async(
         agent_id="product-agent-1", thread_id="thread-1"

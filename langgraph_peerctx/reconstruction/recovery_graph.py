@@ -1,0 +1,536 @@
+"""The recovery as a graph: one node a step, under the step's name.
+
+What a node has found out is in the recovery's own checkpoint before the next one begins. So a
+recoverer that dies is taken up again by any other: it sees the answers that had arrived, asks only
+the peers that are missing, reads the thread's head anew, and applies its update once.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from typing import Annotated, Any
+
+from langchain_core.runnables import RunnableConfig
+from langgraph.graph import END, START, StateGraph
+from langgraph.runtime import get_runtime
+from langgraph.types import Durability, RetryPolicy, interrupt
+from pydantic import Field
+from pydantic_core import to_jsonable_python
+from typing_extensions import TypedDict  # pydantic makes schemas of this one only, up to 3.11
+
+from langgraph_peerctx import background
+from langgraph_peerctx.config import PeerContextSettings
+from langgraph_peerctx.errors import BrokerUnavailableError, PeerContextError
+from langgraph_peerctx.gathering.gatherer import OnAnswer
+from langgraph_peerctx.gathering.peer_context import PeerContext
+from langgraph_peerctx.identifiers import check_id, new_id
+from langgraph_peerctx.nodes.on_runtime import OnRuntime, RuntimeSource, Update
+from langgraph_peerctx.nodes.peer_context_subgraph import (
+    CollectContext,
+    Limits,
+    PeerContextInput,
+    Position,
+    QuestionState,
+    RequestContext,
+)
+from langgraph_peerctx.nodes.reading import seconds_in, text_in
+from langgraph_peerctx.protocol.messages import InDoubtKey
+from langgraph_peerctx.reconstruction.approval import Thresholds, is_approved, what_to_approve
+from langgraph_peerctx.reconstruction.checkpoint import CheckpointView, load_checkpoint
+from langgraph_peerctx.reconstruction.evidence import reconstruct
+from langgraph_peerctx.reconstruction.incident import OnStep, incident_record, timed
+from langgraph_peerctx.reconstruction.resume import (
+    Decision,
+    Delivery,
+    RecoveryStatus,
+    conclude,
+    decide,
+    deliver_at_head,
+    deliver_at_start,
+    project,
+    resume_workflow,
+)
+from langgraph_peerctx.reconstruction.sources import (
+    EvidenceQuery,
+    OwnEvents,
+    Sources,
+    collect_own_events,
+    existing_store,
+    nobody_asked,
+)
+from langgraph_peerctx.reconstruction.workflow import (
+    Workflow,
+    check_initial_state,
+    compiled,
+    of_run,
+    safest_durability,
+    thread_config,
+)
+
+_logger = logging.getLogger(__name__)
+
+_BROKER_RETRY = RetryPolicy(max_attempts=2, initial_interval=0.2, retry_on=BrokerUnavailableError)
+
+
+class RecoveryInput(PeerContextInput, total=False):
+    """Which workflow is to be recovered, and who is to be asked."""
+
+    initial_state: Annotated[
+        dict[str, Any] | None,
+        Field(
+            title="Initial state",
+            description="What to begin with if the thread has no checkpoint.",
+            examples=[{"product": "umbrella"}],
+        ),
+    ]
+    in_doubt: Annotated[
+        list[dict[str, Any]],
+        Field(
+            title="Effects in doubt",
+            description="Effects of which nobody here knows whether they happened; see InDoubtKey.",
+            examples=[[]],
+        ),
+    ]
+
+
+class RecoveryOutput(TypedDict, total=False):
+    """How the recovery ended."""
+
+    result: Annotated[
+        dict[str, Any] | None,
+        Field(title="Result", description="As RecoveryResult, plain JSON; None before the end."),
+    ]
+
+
+class RecoveryState(RecoveryInput, QuestionState, RecoveryOutput, total=False):
+    """The recovery's own state, plain JSON; no channel of it has a reducer.
+
+    So it may stand inside another graph: a reducer that both share would double what it has.
+    """
+
+    incident_id: str
+    started_at: str
+    run_id: str | None
+    action: str
+    checkpoint: dict[str, Any] | None
+    reaches_checkpoint: bool
+    gathered: dict[str, Any] | None
+    evidence: dict[str, Any]
+    approval: dict[str, Any]
+    steps: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecoveryPlan:
+    """What a recovery is made of, and no checkpoint can keep.
+
+    Attributes:
+        source: Another runtime than the process's own.
+        open_store: Another event store than the settings'.
+        initial_state: What to begin with, where the state does not say.
+    """
+
+    workflow: Workflow
+    channel: str = "peer_context"
+    context: Any = None
+    config: RunnableConfig | None = None
+    durability: Durability | None = None
+    initial_state: Any = None
+    use_peer_context: bool = True
+    limits: Limits = field(default_factory=Limits)
+    thresholds: Thresholds = field(default_factory=Thresholds)
+    settings: PeerContextSettings | None = None
+    source: RuntimeSource | None = None
+    open_store: Callable[[], OwnEvents] | None = None
+    on_step: OnStep | None = None
+    on_answer: OnAnswer | None = None
+
+    def settings_now(self) -> PeerContextSettings:
+        """Return the settings that count at this moment."""
+        return self.settings or background.settings_in_use() or PeerContextSettings()
+
+
+def create_recovery_graph(
+    workflow: Workflow,
+    *,
+    peer_context_channel: str = "peer_context",
+    context: Any = None,
+    config: RunnableConfig | None = None,
+    durability: Durability | None = None,
+    initial_state: Any = None,
+    use_peer_context: bool = True,
+    expect: Sequence[str] = (),
+    timeout_seconds: float | None = None,
+    min_responses: int | None = None,
+    approve_below_coverage: float | None = None,
+    approve_below_confidence: float | None = None,
+    settings: PeerContextSettings | None = None,
+    on_step: OnStep | None = None,
+    on_answer: OnAnswer | None = None,
+) -> StateGraph[Any, Any, Any, Any]:
+    """Return the recovery of a workflow's threads as a graph, not compiled; for `ainvoke` only.
+
+    `load_checkpoint`, `position`, `request_context`, `collect_context`, `reconstruct`, `approve`,
+    `resume_workflow`. Compile it with a checkpointer, and run it under a thread of its own with
+    `durability="sync"`: then a recoverer that is killed anywhere is resumed with `ainvoke(None)`,
+    in any process. The input names the dead agent and its thread; see `RecoveryInput`. The output
+    is a `RecoveryResult`, plain JSON, under `result`.
+
+    The caller sees to it that the agent is dead, and that one recoverer is at work.
+
+    Args:
+        workflow: The compiled workflow, with the checkpointer that the dead process wrote to.
+        peer_context_channel: The state channel that receives the peers' facts.
+        context: What the workflow's `context_schema` describes.
+        config: Callbacks, tags, metadata, and configurable values for the workflow.
+        durability: As in `recover_and_resume_workflow_async`.
+        initial_state: What to begin with where there is no checkpoint and the input says nothing.
+        use_peer_context: Whether to ask the peers.
+        expect: Who should answer, where the input does not say.
+        timeout_seconds: The longest wait, where the input does not say; by default the settings'.
+        min_responses: Do not resume if fewer answered, where the input does not say.
+        approve_below_coverage: Ask a human (`interrupt`) if a smaller share of those who were
+            expected has answered, from 0 to 1; see `Thresholds`.
+        approve_below_confidence: Ask a human if a smaller share of what was told is undisputed.
+        settings: For the runtime, if it does not run yet; by default from the environment.
+        on_step: Is told of each step when it has ended.
+        on_answer: Is told of each peer's answer when it arrives, on the runtime's loop.
+
+    Raises:
+        ConfigurationError: If an argument cannot be right.
+    """
+    plan = RecoveryPlan(
+        workflow=compiled(workflow),
+        channel=peer_context_channel,
+        context=context,
+        config=config,
+        durability=durability,
+        initial_state=initial_state,
+        use_peer_context=use_peer_context,
+        limits=Limits(
+            expect=tuple(expect), timeout_seconds=timeout_seconds, min_responses=min_responses
+        ),
+        thresholds=Thresholds(coverage=approve_below_coverage, confidence=approve_below_confidence),
+        settings=settings,
+        on_step=on_step,
+        on_answer=on_answer,
+    )
+    return RecoverySteps(plan).graph()
+
+
+class RecoverySteps:
+    """The nodes of one recovery graph.
+
+    Attributes:
+        final_state: What the recovered workflow returned, as it is: the state keeps it as JSON.
+    """
+
+    def __init__(self, plan: RecoveryPlan) -> None:
+        self.plan = plan
+        self.final_state: Any = None
+        settings, source = plan.settings, plan.source
+        self._position = Position(settings, source)
+        self._request = RequestContext(plan.limits, settings, source)
+        self._collect = CollectContext(plan.limits, _gathered, settings, source, plan.on_answer)
+
+    def graph(self) -> StateGraph[Any, Any, Any, Any]:
+        """Return the graph, not compiled."""
+        builder = StateGraph(
+            RecoveryState, input_schema=RecoveryInput, output_schema=RecoveryOutput
+        )
+        builder.add_node("load_checkpoint", self.load_checkpoint)
+        for name, node in (
+            ("position", self.position),
+            ("request_context", self.request_context),
+            ("collect_context", self.collect_context),
+        ):
+            builder.add_node(name, node, retry_policy=_BROKER_RETRY)
+        builder.add_node("reconstruct", self.reconstruct)
+        builder.add_node("approve", self.approve)
+        builder.add_node("resume_workflow", self.resume_workflow)
+        builder.add_edge(START, "load_checkpoint")
+        builder.add_conditional_edges(
+            "load_checkpoint", self._whom_to_ask, ["position", "reconstruct", END]
+        )
+        for name, following in (
+            ("position", "request_context"),
+            ("request_context", "collect_context"),
+        ):
+            builder.add_conditional_edges(
+                name, partial(_unless_gathered, following), [following, "reconstruct"]
+            )
+        builder.add_edge("collect_context", "reconstruct")
+        builder.add_edge("reconstruct", "approve")
+        builder.add_conditional_edges("approve", _unless_ended, ["resume_workflow", END])
+        builder.add_edge("resume_workflow", END)
+        return builder
+
+    async def load_checkpoint(self, state: RecoveryState) -> Update:
+        """Read the thread's head, and decide what it needs."""
+        agent_id = check_id(
+            text_in(state, "failed_agent_id", "the agent that failed"), "failed_agent_id"
+        )
+        thread_id = text_in(state, "thread_id", "the thread to recover")
+        check_initial_state(self.plan.workflow, self._initial_state(state))
+        settings = self.plan.settings_now()
+        begun: Update = {
+            "incident_id": new_id(),
+            "started_at": datetime.now(UTC).isoformat(),
+            "failed_agent_id": agent_id,
+            "thread_id": thread_id,
+            "steps": [],
+            "gathered": None,
+            "result": None,
+        }
+        with self._step("load_checkpoint", begun) as step:
+            view = await self._head(state)
+            decision = self._decide(state, view)
+            step.detail.update(view.as_json(), action=decision.action)
+        query = EvidenceQuery(
+            agent_id=agent_id,
+            thread_id=thread_id,
+            time_window_seconds=seconds_in(state, "time_window_seconds"),
+        ).reaching(view.created_at, settings.time_window_seconds)
+        begun |= {
+            "run_id": view.run_id,
+            "action": decision.action,
+            "checkpoint": view.as_json() if view.exists else None,
+            "time_window_seconds": query.time_window_seconds,
+            "reaches_checkpoint": query.reaches_checkpoint,
+            "steps": [step.record],
+        }
+        if decision.action == "stop":
+            begun["result"] = self._stopped(begun, view, decision)
+        return begun
+
+    async def position(self, state: RecoveryState, config: RunnableConfig) -> Update:
+        """Note where the answers will be read from; nothing is sent."""
+        return await self._with_peers(self._position, state, config)
+
+    async def request_context(self, state: RecoveryState, config: RunnableConfig) -> Update:
+        """Ask those peers of whom no answer is there yet."""
+        return await self._with_peers(self._request, state, config)
+
+    async def collect_context(self, state: RecoveryState, config: RunnableConfig) -> Update:
+        """Collect what the peers remember."""
+        return await self._with_peers(self._collect, state, config)
+
+    async def reconstruct(self, state: RecoveryState) -> Update:
+        """Put checkpoint, own events and peers together."""
+        with self._step("reconstruct", state) as step:
+            view = await self._head(state)
+            query = self._query(state)
+            own = await collect_own_events(self._own_events(), query)
+            gathered = state.get("gathered")
+            peers = None if gathered is None else PeerContext.from_json(gathered)
+            evidence = dict(reconstruct(query, view, own, peers))
+            del evidence["state"]  # it is in the thread's own checkpoint
+            step.detail.update(own_events=len(own.events), degraded=bool(evidence["degraded"]))
+        return {"evidence": evidence, "steps": [*state["steps"], step.record]}
+
+    async def approve(self, state: RecoveryState) -> Update:
+        """Ask a human, where coverage or confidence is below what the caller wants."""
+        why = self.plan.thresholds.missed(state["evidence"])
+        if not why:
+            return {"approval": {"asked": False}}
+        unclear: object = None
+        while True:
+            answer = interrupt(what_to_approve(state, self.plan.channel, why, unclear))
+            approved = is_approved(answer)
+            if approved is not None:
+                break
+            unclear = answer
+        update: Update = {"approval": {"asked": True, "why": why, "approved": approved}}
+        if not approved:
+            reason = f"not_approved: a human said no, since {'; '.join(why)}"
+            ended = Decision(action="stop", status="not_approved", reasons=(reason,))
+            update["result"] = self._stopped(state, await self._head(state), ended)
+        return update
+
+    async def resume_workflow(self, state: RecoveryState) -> Update:
+        """Read the head again, bring the facts in once, and let the workflow go on."""
+        plan, evidence = self.plan, state["evidence"]
+        before = await self._head(state)
+        decision = self._decide(state, before)
+        if decision.action == "stop":  # somebody else was here since
+            return {"result": self._stopped(state, before, decision)}
+        delivery = self._deliver(state, before, decision)
+        durability = plan.durability or safest_durability(plan.workflow)
+        with self._step("resume_workflow", state) as step:
+            step.detail.update(durability=durability, channel=delivery.channel)
+            outcome = await resume_workflow(
+                plan.workflow,
+                of_run(self._place(state), before.run_id),
+                delivery,
+                context=plan.context,
+                durability=durability,
+            )
+            error = None if outcome.error is None else type(outcome.error).__name__
+            step.detail.update(error=error)
+        with self._step("verify", state) as verified:
+            after = await self._head_if_it_can_be_read(state)
+            verified.detail.update(after.as_json() if after else {})
+        ending = conclude(plan.workflow, decision, delivery, outcome, before=before, after=after)
+        undelivered = delivery.shortfalls if plan.use_peer_context else ()
+        shortfalls = [*evidence["reasons"], *undelivered, *ending.shortfalls]
+        self._warn(state, shortfalls)
+        self.final_state = ending.final_state
+        steps = [*state["steps"], step.record, verified.record]
+        return {
+            "steps": steps,
+            "result": {
+                "recovered": ending.status != "failed",
+                "status": ending.status,
+                "peer_context_used": delivery.channel is not None,
+                "degraded": bool(shortfalls),
+                "reasons": [*shortfalls, *ending.reasons],
+                "final_state": _plain(ending.final_state),
+                "incident": incident_record({**state, "steps": steps}, ending.status, evidence),
+            },
+        }
+
+    # What the nodes share
+
+    def _whom_to_ask(self, state: RecoveryState) -> str:
+        if state.get("result") is not None:
+            return END
+        return "position" if self.plan.use_peer_context else "reconstruct"
+
+    async def _with_peers(
+        self, node: OnRuntime, state: RecoveryState, config: RunnableConfig
+    ) -> Update:
+        """Take a step that needs a broker; where there is none, go on without the peers.
+
+        Not with LangGraph's error handlers: one that passes an error on, as this would have to do
+        with any other, leaves a thread that looks finished (langgraph 1.2.22).
+        """
+        with self._step(node.get_name(), state) as step:
+            try:
+                update = await node.ainvoke(state, config)
+            except BrokerUnavailableError as error:
+                if _attempt() < _BROKER_RETRY.max_attempts:
+                    raise
+                degraded = (f"no_broker: {error}",)
+                update = _gathered(nobody_asked(self._query(state), degraded))
+                step.detail.update(error=type(error).__name__)
+            if (gathered := update.get("gathered")) is not None:
+                step.detail.update(facts=len(gathered["facts"]))
+        return {**update, "steps": [*state["steps"], step.record]}
+
+    def _step(self, name: str, state: Mapping[str, Any]) -> Any:
+        return timed(
+            name,
+            on_step=self.plan.on_step,
+            incident_id=state["incident_id"],
+            agent_id=state["failed_agent_id"],
+            thread_id=state["thread_id"],
+        )
+
+    def _place(self, state: Mapping[str, Any]) -> RunnableConfig:
+        return thread_config(self.plan.config, state["thread_id"])
+
+    async def _head(self, state: Mapping[str, Any]) -> CheckpointView:
+        timeout = self.plan.settings_now().database_timeout_seconds
+        return await load_checkpoint(
+            self.plan.workflow, self._place(state), timeout_seconds=timeout
+        )
+
+    async def _head_if_it_can_be_read(self, state: Mapping[str, Any]) -> CheckpointView | None:
+        """The run counts, whatever keeps us from seeing its end."""
+        try:
+            return await self._head(state)
+        except PeerContextError:
+            _logger.warning(
+                "the workflow was run, and its checkpoint cannot be read",
+                exc_info=True,
+                extra={"thread_id": state["thread_id"]},
+            )
+            return None
+
+    def _initial_state(self, state: Mapping[str, Any]) -> Any:
+        given = state.get("initial_state")
+        return self.plan.initial_state if given is None else given
+
+    def _decide(self, state: Mapping[str, Any], view: CheckpointView) -> Decision:
+        return decide(
+            self.plan.workflow,
+            view,
+            has_initial_state=self._initial_state(state) is not None,
+            has_context=self.plan.context is not None,
+        )
+
+    def _deliver(self, state: RecoveryState, view: CheckpointView, decision: Decision) -> Delivery:
+        workflow, channel = self.plan.workflow, self.plan.channel
+        facts = state["evidence"]["peer_context"]
+        if decision.action == "restart":
+            return deliver_at_start(workflow, self._initial_state(state), channel, facts)
+        return deliver_at_head(workflow, view, channel, facts)
+
+    def _query(self, state: RecoveryState) -> EvidenceQuery:
+        limits = self.plan.limits.under(state)
+        return EvidenceQuery(
+            agent_id=state["failed_agent_id"],
+            thread_id=state["thread_id"],
+            use_peer_context=self.plan.use_peer_context,
+            time_window_seconds=state["time_window_seconds"],
+            reaches_checkpoint=state["reaches_checkpoint"],
+            expect=limits.expect,
+            min_responses=limits.min_responses,
+            in_doubt=tuple(
+                InDoubtKey.model_validate(key, strict=False) for key in state.get("in_doubt") or ()
+            ),
+            run_id=state.get("run_id"),
+        )
+
+    def _own_events(self) -> Sources:
+        settings = self.plan.settings_now()
+        opened = self.plan.open_store or partial(existing_store, settings.database_url)
+        return Sources(open_store=opened, settings=settings)
+
+    def _stopped(
+        self, state: Mapping[str, Any], view: CheckpointView, decision: Decision
+    ) -> dict[str, Any]:
+        status: RecoveryStatus = decision.status or "nothing_to_recover"
+        self.final_state = project(self.plan.workflow, view)
+        return {
+            "recovered": False,
+            "status": status,
+            "peer_context_used": False,
+            "degraded": False,
+            "reasons": list(decision.reasons),
+            "final_state": _plain(self.final_state),
+            "incident": incident_record(state, status, state.get("evidence")),
+        }
+
+    def _warn(self, state: Mapping[str, Any], shortfalls: Sequence[str]) -> None:
+        if shortfalls:
+            _logger.warning(
+                "recovered without all that was asked for: %s",
+                ", ".join(reason.partition(":")[0] for reason in shortfalls),
+                extra={"incident_id": state["incident_id"], "thread_id": state["thread_id"]},
+            )
+
+
+def _unless_ended(state: RecoveryState) -> str:
+    return END if state.get("result") is not None else "resume_workflow"
+
+
+def _unless_gathered(following: str, state: RecoveryState) -> str:
+    return following if state.get("gathered") is None else "reconstruct"
+
+
+def _attempt() -> int:
+    """Return which attempt at this node LangGraph makes, from 1."""
+    information = get_runtime().execution_info
+    return 1 if information is None else information.node_attempt
+
+
+def _gathered(context: PeerContext) -> Update:
+    return {"gathered": context.as_json()}
+
+
+def _plain(value: Any) -> Any:
+    """Return a workflow's state for looking at: JSON, with text where there is no better."""
+    return to_jsonable_python(value, serialize_unknown=True)
