@@ -17,6 +17,7 @@ from langgraph_peerctx.errors import (
     UnknownTopicError,
 )
 from langgraph_peerctx.gathering.peer_context import Conflict, Coverage, Fact, PeerContext
+from langgraph_peerctx.lifecycle import PeerContextHook, peer_context_lifespan
 from langgraph_peerctx.messaging.agent_context_service import (
     AgentContextService,
     get_service_manager,
@@ -65,6 +66,7 @@ __all__ = [
     "KafkaMessageProducer",
     "PeerContext",
     "PeerContextError",
+    "PeerContextHook",
     "PeerContextNode",
     "PeerContextRuntime",
     "PeerContextSettings",
@@ -86,6 +88,7 @@ __all__ = [
     "get_event_store",
     "get_service_manager",
     "merge_peer_context",
+    "peer_context_lifespan",
     "peer_context_retry_policy",
     "record_interaction",
     "recover_and_resume_workflow_async",

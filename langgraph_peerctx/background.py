@@ -92,9 +92,17 @@ class BackgroundRuntime:
         """
         await self.acall(partial(self._host, agent_id, handler))
 
+    def host_now(self, agent_id: str, handler: ContextRequestHandler | None = None) -> None:
+        """Answer peers for an agent; blocks until it does. See `host`."""
+        self.call(partial(self._host, agent_id, handler))
+
     async def unhost(self, agent_id: str) -> None:
         """Answer no longer for an agent, if nobody else hosts it here."""
         await self.acall(partial(self._unhost, agent_id))
+
+    def unhost_now(self, agent_id: str) -> None:
+        """Answer no longer for an agent; blocks. See `unhost`."""
+        self.call(partial(self._unhost, agent_id))
 
     def start(self) -> None:
         """Start thread, loop and runtime; blocks until it runs.

@@ -1,7 +1,6 @@
 """An inventory agent that remembers, on an embedded broker, in the process's own runtime."""
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -43,7 +42,7 @@ def team(
     lease = background.lease(embedded_settings)
     runtime = lease.runtime()
     handler = ContextRequestHandler("inventory-agent", store=store)
-    runtime.call(partial(runtime._host, "inventory-agent", handler))
+    runtime.host_now("inventory-agent", handler)
     yield runtime
     background.stop_kept_runtime()
     runtime.stop()

@@ -16,6 +16,7 @@ from langgraph_peerctx import (
     KafkaMessageConsumer,
     KafkaMessageProducer,
     PeerContext,
+    PeerContextHook,
     PeerContextNode,
     PeerContextRuntime,
     PeerContextSettings,
@@ -27,6 +28,7 @@ from langgraph_peerctx import (
     create_recovery_graph,
     get_service_manager,
     merge_peer_context,
+    peer_context_lifespan,
     peer_context_retry_policy,
     record_interaction,
     recover_and_resume_workflow_async,
@@ -94,6 +96,14 @@ async def gathering() -> list[tuple[str, tuple[str, ...]]]:
             failed_agent_id="product-agent-1", thread_id="thread-1", expect=["marketing-agent-1"]
         )
     return [(fact.interaction.kind, fact.told_by) for fact in context.facts]
+
+
+async def living() -> None:
+    async with peer_context_lifespan(agents=["a"]) as runtime:
+        agents: tuple[str, ...] = runtime.agents
+    hook = PeerContextHook(["a"])
+    hook.close()
+    del agents
 
 
 async def recovering() -> str:

@@ -1,0 +1,186 @@
+"""Starting and stopping the process's runtime with a graph, in each way that LangGraph has.
+
+LangGraph's core has no hook for a graph's start and stop. What there is: the lifespan of the
+application that serves it, an `async with` around it or around its making, and callbacks.
+"""
+
+import logging
+import threading
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from typing import Any, TypedDict, overload
+from uuid import UUID
+
+from langchain_core.callbacks import BaseCallbackHandler
+
+from langgraph_peerctx import background
+from langgraph_peerctx.background import BackgroundRuntime
+from langgraph_peerctx.config import PeerContextSettings
+from langgraph_peerctx.errors import PeerContextError
+from langgraph_peerctx.identifiers import check_id
+
+_logger = logging.getLogger(__name__)
+
+
+class LifespanState(TypedDict):
+    """What a Starlette lifespan hands to the application's requests."""
+
+    peer_context: BackgroundRuntime
+
+
+@overload
+def peer_context_lifespan(
+    app: None = None, *, agents: Sequence[str] = (), settings: PeerContextSettings | None = None
+) -> AbstractAsyncContextManager[BackgroundRuntime]: ...
+
+
+@overload
+def peer_context_lifespan(
+    app: object, *, agents: Sequence[str] = (), settings: PeerContextSettings | None = None
+) -> AbstractAsyncContextManager[LifespanState]: ...
+
+
+def peer_context_lifespan(
+    app: object = None,
+    *,
+    agents: Sequence[str] = (),
+    settings: PeerContextSettings | None = None,
+) -> AbstractAsyncContextManager[BackgroundRuntime] | AbstractAsyncContextManager[LifespanState]:
+    """Run the process's runtime, and answer for these agents, as long as the block lasts.
+
+    Counted: entered twice, it runs until both have left, and until every node that uses it is done.
+    As a Starlette lifespan (`lifespan=peer_context_lifespan`, or `partial(..., agents=[...])`) it
+    hands the runtime on as `request.state.peer_context`.
+
+    Args:
+        app: The application, where it is a lifespan.
+        agents: The agents of this process that answer their peers.
+        settings: By default those the runtime runs with, or the environment's.
+
+    Raises, when it is entered:
+        BrokerUnavailableError: If there is no broker, and mock mode is `never`.
+        ConfigurationError: If the broker refuses the credentials, or the runtime runs with other
+            settings.
+        StoreError: If an agent's event store cannot be opened.
+        ProtocolError: If an agent's id is illegal.
+    """
+    names = [check_id(name, "agents") for name in agents]
+    running = _running(names, settings)
+    return running if app is None else _as_state(running)
+
+
+@asynccontextmanager
+async def _as_state(
+    running: AbstractAsyncContextManager[BackgroundRuntime],
+) -> AsyncIterator[LifespanState]:
+    async with running as runtime:
+        yield {"peer_context": runtime}
+
+
+@asynccontextmanager
+async def _running(
+    agents: Sequence[str], settings: PeerContextSettings | None
+) -> AsyncIterator[BackgroundRuntime]:
+    lease = background.lease(settings)
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(lease.arelease)
+        try:
+            runtime = await lease.aruntime()
+            for agent_id in agents:
+                await runtime.host(agent_id)
+                stack.push_async_callback(runtime.unhost, agent_id)
+        except PeerContextError as error:
+            _logger.error("peer context did not start: %s", error)  # noqa: TRY400 - it is raised
+            raise
+        yield runtime
+
+
+class PeerContextHook(BaseCallbackHandler):
+    """Starts the process's runtime with a graph's first run: `graph.with_config(callbacks=[hook])`.
+
+    The run waits for nothing: a node that needs the runtime waits for it. It runs on until `close`,
+    or the end of the process. What keeps it from starting is logged, and tried again with the next
+    run; a node that needs it raises it.
+
+    Args:
+        agents: The agents of this process that answer their peers.
+        settings: By default those the runtime runs with, or the environment's.
+
+    Raises:
+        ProtocolError: If an agent's id is illegal.
+    """
+
+    # LangChain would run it on a loop of its own, and swallow what it raises.
+    run_inline = True
+    raise_error = True
+
+    def __init__(
+        self, agents: Sequence[str] = (), settings: PeerContextSettings | None = None
+    ) -> None:
+        self._agents = [check_id(name, "agents") for name in agents]
+        self._settings = settings
+        self._changing = threading.Lock()
+        self._lease: background.Lease | None = None
+        self._starting: threading.Thread | None = None
+        self._hosted: list[str] = []
+
+    def on_chain_start(
+        self,
+        serialized: dict[str, Any],
+        inputs: Mapping[str, Any] | Any,
+        *,
+        run_id: UUID,
+        parent_run_id: UUID | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Start the runtime with the root run; see `BaseCallbackHandler`.
+
+        Raises:
+            ConfigurationError: If the runtime runs with other settings, or the process was forked.
+        """
+        del serialized, inputs, run_id, kwargs
+        if parent_run_id is None:
+            self.start()
+
+    def start(self) -> None:
+        """Start the runtime, if it is not started; waits for nothing.
+
+        Raises:
+            ConfigurationError: If it runs with other settings, or the process was forked.
+        """
+        with self._changing:
+            if self._lease is not None:
+                return
+            self._lease = background.lease(self._settings)
+            self._starting = threading.Thread(
+                target=self._host, args=(self._lease,), name="peerctx-hook", daemon=True
+            )
+            self._starting.start()
+
+    def close(self) -> None:
+        """Give the runtime back; it stops when nobody else uses it. Safe to call twice."""
+        with self._changing:
+            lease, self._lease = self._lease, None
+            starting, self._starting = self._starting, None
+        if starting is not None:
+            starting.join()
+        if lease is not None:
+            self._unhost(lease)
+
+    def _unhost(self, lease: background.Lease) -> None:
+        while self._hosted:
+            lease.runtime().unhost_now(self._hosted.pop())
+        lease.release()
+
+    def _host(self, lease: background.Lease) -> None:
+        try:
+            runtime = lease.runtime()
+            for agent_id in self._agents:
+                runtime.host_now(agent_id)
+                self._hosted.append(agent_id)
+        except PeerContextError as error:
+            _logger.error("peer context did not start: %s", error)  # noqa: TRY400 - said in full
+            with self._changing:
+                if self._lease is lease:
+                    self._lease = self._starting = None
+            self._unhost(lease)
