@@ -21,7 +21,8 @@ from langgraph_peerctx.persistence.inspection import describe_database
 try:
     import typer
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
+    from rich.text import Text
 except ImportError:
     sys.exit("peerctx needs an extra: pip install 'langgraph-peerctx[cli]'")
 
@@ -77,7 +78,8 @@ def topics(
         print(json.dumps([_spec_as_json(spec) for spec in specs], indent=2))  # noqa: T201 - the output
         return
     console = Console()
-    table = Table("topic", "partitions", "settings", title="made" if create else "needed")
+    table = _table("topic", "partitions", "settings")
+    table.title = "made" if create else "needed"
     for spec in specs:
         settings_text = "\n".join(f"{name}={value}" for name, value in spec.settings.items())
         table.add_row(spec.name, str(spec.partitions), settings_text)
@@ -199,10 +201,17 @@ def _spec_as_json(spec: TopicSpec) -> dict[str, Any]:
 
 def _show(findings: list[Finding]) -> None:
     console = Console()
-    table = Table("what", "how it is", "what was found", "what to do")
+    table = _table("what", "how it is", "what was found, and what to do")
     for finding in findings:
-        table.add_row(finding.name, MARKS[finding.state], finding.detail, finding.remedy)
+        # What was found is no markup, whatever brackets are in it.
+        said = Text("\n→ ".join(text for text in (finding.detail, finding.remedy) if text))
+        table.add_row(finding.name, MARKS[finding.state], said)
     console.print(table)
+
+
+def _table(*names: str) -> Table:
+    """Return a table that cuts nothing off: the end of a variable's name is what one needs."""
+    return Table(*(Column(name, overflow="fold") for name in names))
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -140,6 +141,20 @@ def test_the_doctor_says_that_nobody_listens_and_what_follows(run: Run, nobody: 
     assert "not there yet" in found["event store"]["detail"]
     text = run("doctor").out
     assert "KAFKA_BOOTSTRAP_SERVERS" in text.replace("\n", "")
+
+
+def test_a_narrow_terminal_cuts_nothing_off(run: Run, nobody: str, tmp_path: Path) -> None:
+    database = f"sqlite:///{tmp_path}/[red]/events.db"
+    outcome = run(
+        "doctor",
+        COLUMNS="80",
+        KAFKA_BOOTSTRAP_SERVERS=nobody,
+        PEER_CONTEXT_DATABASE_URL=database,
+    )
+    assert "KAFKA_BOOTSTRAP_SERVERS" in outcome.out
+    assert "PEER_CONTEXT_MOCK_MODE=never" in outcome.out
+    assert "[red]" in re.sub(r"[\s│]", "", outcome.out)
+    assert "…" not in run("topics", COLUMNS="80").out
 
 
 def test_the_doctor_waits_ten_seconds_at_most_for_a_silent_broker(run: Run) -> None:
