@@ -9,16 +9,21 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 SOURCES := langgraph_peerctx graphs tests
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types format bench clean
+.PHONY: help demo studio test lint types format bench clean
 
 help:
 	@echo "make demo    three agents, one kill -9, one recovery (about 20 s, no Java)"
+	@echo "make studio  the graphs in LangGraph Studio's server, offline, on port 2024"
 	@echo "make test    lint, types, layers, and all tests on a real Kafka and PostgreSQL"
 	@echo "make bench   figures, each beside its yardstick"
 	@echo "make format  format the code;  make clean  remove what was made here"
 
 demo: $(VENV)/demo
 	$(BIN)/python -m graphs.demo
+
+studio: $(VENV)/studio
+	LANGGRAPH_CLI_NO_ANALYTICS=1 LANGGRAPH_NO_VERSION_CHECK=true LANGSMITH_TRACING=false \
+	$(BIN)/langgraph dev --no-browser
 
 test: lint types
 	$(BIN)/coverage erase
@@ -44,7 +49,7 @@ bench: $(VENV)/dev
 	$(BIN)/python tests/benchmarks/event_store.py
 
 clean:
-	rm -rf $(VENV) .cache bench-results .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .cache bench-results .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis .langgraph_api .studio
 
 # One environment; what each target needs is installed when it is first asked for, and again when
 # the project's metadata changes.
@@ -56,6 +61,10 @@ $(VENV)/demo: $(VENV)/python pyproject.toml constraints.txt
 	$(PIP) --editable '.[demo]'
 	touch $@
 
+$(VENV)/studio: $(VENV)/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[studio]'
+	touch $@
+
 $(VENV)/dev: $(VENV)/python pyproject.toml constraints.txt
 	$(PIP) --editable '.[dev]'
-	touch $@ $(VENV)/demo
+	touch $@ $(VENV)/demo $(VENV)/studio
