@@ -26,6 +26,7 @@ from langgraph_peerctx.messaging.consumer import KafkaMessageConsumer
 from langgraph_peerctx.messaging.context_handler import ContextRequestHandler
 from langgraph_peerctx.messaging.embedded_broker import EmbeddedBroker
 from langgraph_peerctx.messaging.producer import KafkaMessageProducer
+from langgraph_peerctx.nodes.ask_peers_tool import create_ask_peers_tool
 from langgraph_peerctx.nodes.peer_context_node import PeerContextNode, peer_context_retry_policy
 from langgraph_peerctx.nodes.peer_context_subgraph import create_peer_context_subgraph
 from langgraph_peerctx.nodes.state import PeerContextState, merge_peer_context
@@ -83,6 +84,7 @@ __all__ = [
     "UnknownChannelError",
     "UnknownTopicError",
     "arecord_interaction",
+    "create_ask_peers_tool",
     "create_peer_context_subgraph",
     "create_recovery_graph",
     "get_event_store",

@@ -4,6 +4,7 @@ from typing import Annotated, Any, TypedDict
 
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, StateGraph
+from langgraph.prebuilt import ToolNode
 
 from langgraph_peerctx import (
     AgentContextService,
@@ -24,6 +25,7 @@ from langgraph_peerctx import (
     Reconstruction,
     RecoveryResult,
     arecord_interaction,
+    create_ask_peers_tool,
     create_peer_context_subgraph,
     create_recovery_graph,
     get_service_manager,
@@ -111,6 +113,7 @@ async def recovering() -> str:
     builder.add_node("peer_context", PeerContextNode())
     builder.add_node("again", PeerContextNode(), retry_policy=peer_context_retry_policy())
     builder.add_node("steps", create_peer_context_subgraph(expect=["a"]).compile())
+    builder.add_node("tools", ToolNode([create_ask_peers_tool()]))
     builder.add_node("write", lambda state: {"topic": state["topic"]})
     builder.add_edge(START, "peer_context")
     workflow = builder.compile(checkpointer=InMemorySaver())
