@@ -263,12 +263,12 @@ class _Process:
             if self._shared is None:
                 self._shared = _Shared(settings or PeerContextSettings())
                 _run(self._shared.start)
+                if keep:
+                    self._kept = Lease(self._shared)
+                    self._shared.users += 1
             elif settings is not None:
                 _see_that_they_agree(self._shared.settings, settings)
             self._shared.users += 1
-            if keep and self._kept is None:
-                self._kept = Lease(self._shared)
-                self._shared.users += 1
             return Lease(self._shared)
 
     def give_back(self, shared: _Shared) -> bool:
@@ -309,8 +309,9 @@ def lease(settings: PeerContextSettings | None = None, *, keep: bool = False) ->
 
     Args:
         settings: By default those it runs with, or the environment's.
-        keep: Let it run on until `stop_kept_runtime` or the end of the process, even when nobody
-            has a lease: to start it anew for each use would cost about 0.1 s a time.
+        keep: If this starts it, let it run on until `stop_kept_runtime` or the end of the process,
+            even when nobody has a lease: to start it anew for each use would cost about 0.1 s a
+            time. What somebody else has started ends with them.
 
     Raises:
         ConfigurationError: If it runs with other settings, or this is a forked child of a process

@@ -67,7 +67,6 @@ async def test_around_a_graph(settings: PeerContextSettings) -> None:
         assert runtime.agents == ("a", "b")
         state = await graph().ainvoke(ABOUT)
         assert state["peer_context_report"]["degraded"][0].startswith("mock mode")
-    background.stop_kept_runtime()  # the node's
     assert background.settings_in_use() is None
 
 
