@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from langgraph_peerctx.errors import UnknownTopicError
 from langgraph_peerctx.messaging.transport import (
@@ -116,6 +116,7 @@ class FakeSubscription:
             )
             for topic in topics
         }
+        self._there = {topic: len(broker.topics.get(topic, [])) for topic in topics}
         broker.readers.append(self)
         for topic in topics:
             self.wake(topic)
@@ -142,4 +143,4 @@ class FakeSubscription:
         while self._next[topic, 0] < len(records):
             record = records[self._next[topic, 0]]
             self._next[topic, 0] += 1
-            self._on_record(record)
+            self._on_record(replace(record, was_there=record.offset < self._there[topic]))

@@ -180,12 +180,12 @@ class ContextResponder:
         request = self._valid(record)
         if request is None:
             return
-        expires_at = record.timestamp_ms / 1_000 + request.lifetime_seconds
+        expires_at = _now() + request.lifetime_seconds - _age_of(record)
         if request.addressees and not self._is_meant(request.addressees):
             self.counters["not_addressed"] += 1
         elif not self._is_first(request.message_id):
             self.counters["repeated"] += 1
-        elif expires_at < time.time():
+        elif expires_at < _now():
             self.counters["expired"] += 1
         elif not self._buckets.take(request.requester_id):
             self.counters["throttled"] += 1
@@ -228,7 +228,7 @@ class ContextResponder:
                 _logger.exception("a request could not be answered")
 
     async def _answer(self, request: ContextRequest, expires_at: float) -> None:
-        if expires_at < time.time():
+        if expires_at < _now():
             self.counters["expired"] += 1
             return
         topic = self.settings.kafka.get_response_topic(request.requester_id)
@@ -355,6 +355,18 @@ class _Buckets:
         if len(self._tokens) > MAX_REQUESTERS:
             self._tokens.popitem(last=False)
         return tokens >= 1
+
+
+def _now() -> float:
+    return time.monotonic()
+
+
+def _age_of(record: Record) -> float:
+    """Return how long a record has waited for us; of one that has just come, no clock is asked.
+
+    Ours may be wrong by an hour, and then every request would look expired.
+    """
+    return time.time() - record.timestamp_ms / 1_000 if record.was_there else 0.0
 
 
 async def _ended(task: "asyncio.Task[None]") -> None:

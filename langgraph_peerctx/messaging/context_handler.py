@@ -7,10 +7,11 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from langgraph_peerctx.errors import ProtocolError, StoreError
+from langgraph_peerctx.errors import ConfigurationError, ProtocolError, StoreError
 from langgraph_peerctx.identifiers import check_id
 from langgraph_peerctx.messaging.producer import as_protocol_error
 from langgraph_peerctx.persistence.event_store import EventStore, get_event_store
+from langgraph_peerctx.protocol.json_values import plain_object
 from langgraph_peerctx.protocol.messages import (
     AgentAnswer,
     AgentStatus,
@@ -97,7 +98,7 @@ class ContextRequestHandler:
         state = self.store.memory_of(self.agent_id, target_agent_id)
         if self._memory_keys is not None:
             state = {key: value for key, value in state.items() if key in self._memory_keys}
-        return self._redact(state) if self._redact and state else state
+        return self._redacted(state) if state else state
 
     async def handle_context_request(
         self, message: ContextRequest | Mapping[str, Any]
@@ -127,14 +128,19 @@ class ContextRequestHandler:
     def answer(self, request: ContextRequest) -> tuple[AgentAnswer, tuple[InDoubtAnswer, ...]]:
         """Answer a request in the calling thread, which blocks while the database works.
 
-        A store that fails makes the answer `busy`, with the reason. In-doubt keys that name this
-        agent are answered whatever window and limits say; a policy that declines settles nothing.
+        A store that fails makes the answer `busy`, with the reason; a `may_answer` or `redact` that
+        fails makes it `declined`: rather nothing is told than what should be hidden. In-doubt keys
+        that name this agent are answered whatever window and limits say; who declines settles none.
         """
-        if self._may_answer is not None and not self._may_answer(request):
-            reason = "this agent does not answer this requester"
-            return AgentAnswer(agent_id=self.agent_id, status="declined", reason=reason), ()
         try:
+            if not self._allowed(request):
+                reason = "this agent does not answer this requester"
+                return AgentAnswer(agent_id=self.agent_id, status="declined", reason=reason), ()
             return self._told(request), self._settled(request)
+        except ConfigurationError as error:
+            _logger.error("%s does not answer: %s", self.agent_id, error)  # noqa: TRY400 - a traceback may show what is to be hidden
+            reason = "what decides over this agent's answers failed"
+            return AgentAnswer(agent_id=self.agent_id, status="declined", reason=reason), ()
         except StoreError as error:
             _logger.warning("the event store of %s cannot be asked: %s", self.agent_id, error)
             reason = f"the event store cannot be asked ({type(error).__name__})"
@@ -170,7 +176,23 @@ class ContextRequestHandler:
         )
         if self._redact is None:
             return found
-        return [i.model_copy(update={"payload": self._redact(i.payload)}) for i in found]
+        return [i.model_copy(update={"payload": self._redacted(i.payload)}) for i in found]
+
+    def _allowed(self, request: ContextRequest) -> bool:
+        if self._may_answer is None:
+            return True
+        try:
+            return self._may_answer(request)
+        except Exception as error:
+            raise ConfigurationError(f"its may_answer raised {type(error).__name__}") from error
+
+    def _redacted(self, payload: Json) -> Json:
+        if self._redact is None:
+            return payload
+        try:
+            return plain_object(self._redact(payload))
+        except Exception as error:
+            raise ConfigurationError(f"its redact raised {type(error).__name__}") from error
 
     def _settled(self, request: ContextRequest) -> tuple[InDoubtAnswer, ...]:
         """Say of each key that names this agent whether it arrived.

@@ -28,6 +28,8 @@ class Reader(Protocol):
     """How long positioning may take beside the connect deadline."""
     offsets: dict[tuple[str, int], int]
     """The next record to read in each partition."""
+    ends: dict[tuple[str, int], int]
+    """Where each partition ended when it was positioned."""
 
     async def position(self, consumer: Any) -> None:
         """Assign and seek."""
@@ -151,7 +153,8 @@ class KafkaSubscription:
                 )
 
     def _hand_over(self, partition: Any, record: Any) -> None:
-        self._reader.offsets[partition.topic, partition.partition] = record.offset + 1
+        place = partition.topic, partition.partition
+        self._reader.offsets[place] = record.offset + 1
         try:
             self._on_record(
                 Record(
@@ -162,6 +165,7 @@ class KafkaSubscription:
                     partition=record.partition,
                     offset=record.offset,
                     timestamp_ms=record.timestamp,
+                    was_there=record.offset < self._reader.ends.get(place, 0),
                 )
             )
         except Exception:  # a service loop logs and goes on to the next record

@@ -435,6 +435,7 @@ class _AssigningReader:
         self._topics = list(topics)
         self._start = start
         self.offsets: dict[tuple[str, int], int] = dict(start.offsets)
+        self.ends: dict[tuple[str, int], int] = {}
 
     async def position(self, consumer: Any) -> None:
         """Assign every partition and seek, with nothing awaited in between: no fetch goes first."""
@@ -447,6 +448,7 @@ class _AssigningReader:
         ends = await consumer.end_offsets(partitions)
         beginnings = await consumer.beginning_offsets(partitions)
         consumer.assign(partitions)
+        self.ends = {(place.topic, place.partition): end for place, end in ends.items()}
         for partition in partitions:
             wanted = self.offsets.get(
                 (partition.topic, partition.partition), ends[partition] - self._start.back
@@ -472,6 +474,7 @@ class _GroupReader:
     def __init__(self, topics: Collection[str]) -> None:
         self._topics = list(topics)
         self.offsets: dict[tuple[str, int], int] = {}
+        self.ends: dict[tuple[str, int], int] = {}  # a group goes on anywhere: not known
 
     async def position(self, consumer: Any) -> None:
         """Join; the first poll brings the assignment."""

@@ -14,7 +14,8 @@ class Record:
     """A record as the broker stored it.
 
     `timestamp_ms` is the broker's where the topic says LogAppendTime, else the producer's:
-    milliseconds since 1970.
+    milliseconds since 1970. `was_there` tells that it was stored before the reading was
+    positioned; any other has just been stored, whatever the clocks say.
     """
 
     topic: str
@@ -24,6 +25,7 @@ class Record:
     partition: int = 0
     offset: int = 0
     timestamp_ms: int = 0
+    was_there: bool = False
 
     def header(self, name: str) -> str | None:
         """Return the first header of this name as text, or None."""

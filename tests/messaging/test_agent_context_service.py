@@ -183,10 +183,21 @@ async def test_an_expired_request_is_not_answered(
 ) -> None:
     now = broker.now_ms()
     broker.now_ms = lambda: now - 61_000
+    ask(broker)
     async with AgentContextService("marketing", responder=responder, store=store):
-        ask(broker)
         await nothing_happens(responder, "expired")
     assert broker.topics[REPLIES] == []
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+async def test_a_clock_that_is_wrong_by_an_hour_silences_nobody(
+    broker: FakeBroker, responder: ContextResponder, store: EventStore, hours: int
+) -> None:
+    now = broker.now_ms()
+    broker.now_ms = lambda: now + hours * 3_600_000
+    async with AgentContextService("marketing", responder=responder, store=store):
+        ask(broker)
+        await answers(broker)
 
 
 async def test_a_request_from_just_before_the_start_is_answered(
@@ -355,6 +366,44 @@ async def test_a_request_that_expires_while_it_waits_is_not_answered(
         ask(broker, correlation_id="late", lifetime_seconds=0.2)
         await answers(broker, WORKERS)
         await nothing_happens(responder, "expired")
+
+
+def fail(_given: Any) -> Any:
+    raise ValueError("a secret")
+
+
+@pytest.mark.parametrize(
+    "policy", [{"redact": fail}, {"may_answer": fail}, {"redact": lambda _body: {"x": object()}}]
+)
+async def test_a_policy_that_fails_tells_nothing_and_keeps_no_other_agent_from_answering(
+    broker: FakeBroker,
+    responder: ContextResponder,
+    store: EventStore,
+    caplog: pytest.LogCaptureFixture,
+    policy: dict[str, Any],
+) -> None:
+    for agent_id in ("marketing", "inventory"):
+        record_interaction(
+            agent_id=agent_id,
+            from_agent="product",
+            to_agent=agent_id,
+            thread_id="t",
+            kind="order",
+            payload={"card": "4111"},
+            store=store,
+        )
+    strict = ContextRequestHandler("marketing", store=store, **policy)
+    async with (
+        AgentContextService("marketing", responder=responder, handler=strict),
+        AgentContextService("inventory", responder=responder, store=store),
+    ):
+        ask(broker)
+        (response,) = await answers(broker)
+    by_agent = {answer.agent_id: answer for answer in response.agents}
+    assert by_agent["inventory"].status == "context"
+    assert (by_agent["marketing"].status, by_agent["marketing"].interactions) == ("declined", ())
+    assert "marketing does not answer" in caplog.text
+    assert "secret" not in caplog.text
 
 
 async def test_a_responder_that_does_not_run_says_so() -> None:
