@@ -69,7 +69,12 @@ class BackgroundRuntime:
             ConfigurationError: If the runtime is stopped, or belongs to the process before a fork.
             Exception: Whatever the work raises.
         """
-        return self._submitted(work).result()
+        doing = self._submitted(work)
+        try:
+            return doing.result()
+        except BaseException:  # Ctrl-C for instance: nobody waits for it any more
+            doing.cancel()
+            raise
 
     async def acall(self, work: Work[T]) -> T:
         """Do something with the runtime on its loop, and wait for it on any loop.
@@ -124,6 +129,7 @@ class BackgroundRuntime:
             return
         with self._stack:
             portal.call(self._close)
+            portal.call(portal.stop, True)  # noqa: FBT003 - what is still at work ends too
 
     def _submitted(self, work: Work[T]) -> Future[T]:
         if os.getpid() != self._pid:
@@ -213,6 +219,7 @@ class Lease:
     def __init__(self, shared: _Shared) -> None:
         self._shared = shared
         self._held = True
+        self._pid = os.getpid()
 
     def runtime(self) -> BackgroundRuntime:
         """Return the runtime once it runs; blocks.
@@ -221,10 +228,12 @@ class Lease:
             BrokerUnavailableError: If there is no broker, and mock mode is `never`.
             ConfigurationError: If the broker refuses the credentials.
         """
+        self._see_that_it_is_ours()
         return self._shared.started.result()
 
     async def aruntime(self) -> BackgroundRuntime:
         """Return the runtime once it runs; see `runtime`."""
+        self._see_that_it_is_ours()
         # Shielded: others wait for the same start.
         return await asyncio.shield(asyncio.wrap_future(self._shared.started))
 
@@ -237,8 +246,12 @@ class Lease:
         if self._give_back():
             await asyncio.shield(asyncio.wrap_future(self._shared.stopped))
 
+    def _see_that_it_is_ours(self) -> None:
+        if os.getpid() != self._pid:
+            raise ConfigurationError(_FORKED)
+
     def _give_back(self) -> bool:
-        held, self._held = self._held, False
+        held, self._held = self._held and os.getpid() == self._pid, False
         return held and _process.give_back(self._shared)
 
 

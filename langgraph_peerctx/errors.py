@@ -7,7 +7,8 @@ cross a process boundary whole.
     ├── ConfigurationError            a setting or an argument is wrong
     ├── ProtocolError                 bytes or fields that are no valid message
     ├── BrokerUnavailableError        no broker, or it did not answer in time
-    │   ├── UnknownTopicError         the broker is there, the topic is not
+    │   ├── RecordRefusedError        the broker is there, and refuses this record
+    │   │   └── UnknownTopicError     its topic does not exist
     │   └── SendOutcomeUnknownError   gave up waiting: the record may still arrive
     ├── StoreError                    a database refused, or is not there
     │   └── StoreBusyError            it is there, and did not answer in time: try again
@@ -64,7 +65,11 @@ class BrokerUnavailableError(PeerContextError):
     """There is no broker, it refused us, or it did not answer before the deadline."""
 
 
-class UnknownTopicError(BrokerUnavailableError):
+class RecordRefusedError(BrokerUnavailableError):
+    """The broker is there and refused one record: it is too large, or we may not write it."""
+
+
+class UnknownTopicError(RecordRefusedError):
     """The broker is there and a topic is not; nothing was sent, and none is made by sending."""
 
 

@@ -219,6 +219,8 @@ class Gatherer:
         for response in list(slot.responses.values()):
             wanted.take(response)
         trouble = await _until_enough(ask, wanted, window)
+        if wanted.fault is not None:
+            raise wanted.fault
         if self._settings.mock_mode == "never" and _certain(trouble):
             raise trouble
         needed = wanted.min_responses
@@ -255,6 +257,7 @@ class Wanted:
         self.missing = set(expect)
         self.responses: list[ContextResponse] = []
         self.satisfied = asyncio.Event()
+        self.fault: Exception | None = None
         self.min_responses = min_responses
         self._enough = enough
         self._on_answer = on_answer
@@ -263,6 +266,13 @@ class Wanted:
         """Count one answer."""
         self.responses.append(response)
         self.missing -= _names(response)
+        try:
+            self._judge(response)
+        except Exception as error:  # noqa: BLE001 - the caller's code: the caller gets it
+            self.fault = error
+            self.satisfied.set()
+
+    def _judge(self, response: ContextResponse) -> None:
         everybody = bool(self.expected) and not self.missing
         some = self.min_responses is not None and len(self.responses) >= self.min_responses
         if everybody or some or (self._enough is not None and self._enough(self.responses)):

@@ -172,16 +172,19 @@ class GatherSteps:
             window -= asyncio.get_running_loop().time() - gather.asked_at
         elif not wanted.expected:
             window -= max(0.0, (datetime.now(UTC) - asked.at).total_seconds())
-        result = await self._gatherer.collect(
-            request,
-            gather.slot,
-            wanted,
-            ask=partial(self._again, request, gather, asked, wanted.expected),
-            timeout_seconds=max(0.0, window),
-            inbox=gather.inbox,
-        )
-        await self._forget(request)
-        return result
+        # Whoever tries again reads anew what is there, and has a window of its own.
+        del self._open[request.correlation_id]
+        try:
+            return await self._gatherer.collect(
+                request,
+                gather.slot,
+                wanted,
+                ask=partial(self._again, request, gather, asked, wanted.expected),
+                timeout_seconds=max(0.0, window),
+                inbox=gather.inbox,
+            )
+        finally:
+            await gather.stack.aclose()
 
     async def close(self) -> None:
         """Forget every gather that is open. Safe to call twice."""

@@ -247,29 +247,24 @@ class ContextResponder:
         if self._transport is None:
             return
         try:
-            await self._transport.send(topic, data, headers=headers_of(response))
+            delivery = await self._transport.send(topic, data, headers=headers_of(response))
         except UnknownTopicError:
             self.counters["unknown_topic"] += 1
         except BrokerUnavailableError as error:
             self.counters["unanswered"] += 1
             _logger.warning("an answer to %s was not sent: %s", request.requester_id, error)
         else:
-            self.counters["answered"] += 1
+            self.counters["answered" if delivery == "acknowledged" else "unanswered"] += 1
 
     async def _ask(
         self, handlers: list[ContextRequestHandler], request: ContextRequest
     ) -> list[tuple[AgentAnswer, tuple[InDoubtAnswer, ...]]]:
-        """Ask every hosted agent in one hop to a thread; a store that does not answer is busy."""
-        if not handlers:
-            return []
-        try:
-            return await handlers[0].store.in_thread(lambda: [h.answer(request) for h in handlers])
-        except StoreError as error:
-            reason = f"the event store cannot be asked ({type(error).__name__})"
-            return [
-                (AgentAnswer(agent_id=h.agent_id, status="busy", reason=reason), ())
-                for h in handlers
-            ]
+        """Ask every hosted agent, in one hop to a thread a store; one that fails is busy."""
+        by_store: dict[EventStore, list[ContextRequestHandler]] = {}
+        for handler in handlers:
+            by_store.setdefault(handler.store, []).append(handler)
+        asked = [_ask_one_store(store, some, request) for store, some in by_store.items()]
+        return [answer for answers in await asyncio.gather(*asked) for answer in answers]
 
     def _response(
         self,
@@ -355,6 +350,26 @@ class _Buckets:
         if len(self._tokens) > MAX_REQUESTERS:
             self._tokens.popitem(last=False)
         return tokens >= 1
+
+
+_Answer = tuple[AgentAnswer, tuple[InDoubtAnswer, ...]]
+
+
+async def _ask_one_store(
+    store: EventStore, handlers: list[ContextRequestHandler], request: ContextRequest
+) -> list[_Answer]:
+    try:
+        return await store.in_thread(lambda: [_answer_of(h, request) for h in handlers])
+    except StoreError as error:
+        return [handler.busy(request, error) for handler in handlers]
+
+
+def _answer_of(handler: ContextRequestHandler, request: ContextRequest) -> _Answer:
+    try:
+        return handler.answer(request)
+    except Exception as error:  # a handler of the user's own may raise anything
+        _logger.exception("%s cannot answer", handler.agent_id)
+        return handler.busy(request, error)
 
 
 def _now() -> float:
@@ -488,9 +503,7 @@ def _shared_responder(settings: PeerContextSettings) -> ContextResponder:
     """Return the process's responder on this loop: one a broker and process id."""
     shared = _RESPONDERS.setdefault(asyncio.get_running_loop(), {})
     key = settings.model_dump_json(include={"kafka", "process_id", "mock_mode"})
-    if key not in shared or shared[key].idle:
-        shared[key] = ContextResponder(settings)
-    return shared[key]
+    return shared.setdefault(key, ContextResponder(settings))
 
 
 class AgentContextServiceManager:

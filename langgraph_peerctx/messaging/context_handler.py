@@ -143,9 +143,15 @@ class ContextRequestHandler:
             return AgentAnswer(agent_id=self.agent_id, status="declined", reason=reason), ()
         except StoreError as error:
             _logger.warning("the event store of %s cannot be asked: %s", self.agent_id, error)
-            reason = f"the event store cannot be asked ({type(error).__name__})"
-            busy = AgentAnswer(agent_id=self.agent_id, status="busy", reason=reason)
-            return busy, self._cannot_tell(request)
+            return self.busy(request, error)
+
+    def busy(
+        self, request: ContextRequest, error: Exception
+    ) -> tuple[AgentAnswer, tuple[InDoubtAnswer, ...]]:
+        """Return the answer of an agent that cannot look into its memory now."""
+        reason = f"the event store cannot be asked ({type(error).__name__})"
+        busy = AgentAnswer(agent_id=self.agent_id, status="busy", reason=reason)
+        return busy, self._cannot_tell(request)
 
     def _told(self, request: ContextRequest) -> AgentAnswer:
         limit = min(request.max_interactions, self._max_interactions)

@@ -23,10 +23,14 @@ from aiokafka.conn import create_conn
 from aiokafka.errors import (
     AuthenticationFailedError,
     IllegalSaslStateError,
+    InvalidTopicError,
     KafkaError,
+    MessageSizeTooLargeError,
     ProducerClosed,
+    RecordListTooLargeError,
     SaslAuthenticationFailed,
     TopicAlreadyExistsError,
+    TopicAuthorizationFailedError,
     UnsupportedSaslMechanismError,
     for_code,
 )
@@ -37,6 +41,7 @@ from langgraph_peerctx.errors import (
     BrokerUnavailableError,
     ConfigurationError,
     PeerContextError,
+    RecordRefusedError,
     SendOutcomeUnknownError,
     UnknownTopicError,
 )
@@ -58,6 +63,14 @@ from langgraph_peerctx.messaging.transport import (
     TopicSpec,
     TopicState,
 )
+
+_REFUSALS = (
+    InvalidTopicError,
+    MessageSizeTooLargeError,
+    RecordListTooLargeError,
+    TopicAuthorizationFailedError,
+)
+"""What a broker says of one record: it is well, and so is the client."""
 
 _logger = logging.getLogger(__name__)
 
@@ -122,6 +135,7 @@ class KafkaTransport:
     ) -> Delivery:
         """Send a record to partition 0; see `Transport.send`."""
         producer: Any = None
+        has_left = False
         try:
             async with asyncio.timeout(self._config.send_timeout_seconds):
                 producer = await self._connected_producer()
@@ -129,6 +143,7 @@ class KafkaTransport:
                 sent = await producer.send(
                     topic, value, key=key, partition=0, headers=list(headers)
                 )
+                has_left = True
                 await sent
         except TimeoutError:
             self._discard(producer)
@@ -136,9 +151,18 @@ class KafkaTransport:
                 f"{self.address} did not confirm a record on {topic} within "
                 f"{self._config.send_timeout_seconds:g} s; it may still arrive"
             ) from None
+        except _REFUSALS as error:
+            raise RecordRefusedError(f"{self.address} refused a record: {error!r:.200}") from error
         except KafkaError as error:
             self._discard(producer)
-            raise BrokerUnavailableError(f"{self.address} refused a record: {error}") from error
+            if has_left:
+                raise SendOutcomeUnknownError(
+                    f"{self.address} did not confirm a record on {topic} ({error!r:.100}); "
+                    "it may still arrive"
+                ) from error
+            raise BrokerUnavailableError(
+                f"{self.address} took no record: {error!r:.200}"
+            ) from error
         return "acknowledged"
 
     async def subscribe(
@@ -235,6 +259,9 @@ class KafkaTransport:
                     ),
                     _producer_remains,
                 )
+                if self._closed:  # while it connected
+                    await end_client(producer.stop, _producer_remains(producer))
+                    self._check_usable()
                 self._embedded = producer.client.cluster.controller is None
                 self._producer = producer
             return self._producer
@@ -314,11 +341,16 @@ class KafkaTransport:
 
     async def _check_reachable(self) -> None:
         """Fail at once, and once, where nobody listens: aiokafka logs an ERROR at each attempt."""
-        faults = []
-        for server in self.address.split(","):
+        faults, servers = [], self.address.split(",")
+        for server in servers:
             host, _, port = server.rpartition(":")
             try:
-                _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+                # A server that swallows connections must leave time for the others.
+                share = self._config.connect_timeout_seconds / (len(servers) + 1)
+                async with asyncio.timeout(share):
+                    _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+            except TimeoutError:
+                faults.append(f"{server}: no connection in time")
             except OSError as error:
                 faults.append(f"{server}: {error.strerror or error}")
             else:

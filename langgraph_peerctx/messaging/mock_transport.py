@@ -9,7 +9,12 @@ import logging
 from collections.abc import Awaitable, Callable, Collection
 
 from langgraph_peerctx.config import PeerContextSettings
-from langgraph_peerctx.errors import BrokerUnavailableError, PeerContextError, UnknownTopicError
+from langgraph_peerctx.errors import (
+    BrokerUnavailableError,
+    PeerContextError,
+    RecordRefusedError,
+    SendOutcomeUnknownError,
+)
 from langgraph_peerctx.messaging.transport import (
     Delivery,
     From,
@@ -174,8 +179,8 @@ class AutoTransport:
         if self._mock is None:
             try:
                 return await self._kafka.send(topic, value, key=key, headers=headers)
-            except UnknownTopicError:
-                raise
+            except (RecordRefusedError, SendOutcomeUnknownError):
+                raise  # the broker is there; or the record may have arrived, and is not only logged
             except BrokerUnavailableError as error:
                 await self._enter_mock_mode(error)
         return await self._current.send(topic, value, key=key, headers=headers)
@@ -233,6 +238,8 @@ class AutoTransport:
                 await self._make_what_is_owed()
             except PeerContextError as error:
                 _logger.info("still in mock mode: %s", error)
+            except Exception:  # a service loop logs and goes on
+                _logger.exception("still in mock mode")
             else:
                 self._mock = None
                 self._mocked.clear()
@@ -243,7 +250,8 @@ class AutoTransport:
             await self._kafka.ensure_topics(list(self._owed.values()))
         except BrokerUnavailableError as error:  # we may not: they may be there all the same
             _logger.warning("the topics are not ready: %s", error)
-        self._owed.clear()
+        else:
+            self._owed.clear()
 
 
 class AutoSubscription:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from langgraph_peerctx.errors import ProtocolError
+from langgraph_peerctx.errors import ConfigurationError, ProtocolError
 from langgraph_peerctx.messaging.transport import From, Offsets, Record, Subscription, Transport
 from langgraph_peerctx.protocol.codec import decode
 from langgraph_peerctx.protocol.messages import ContextResponse
@@ -117,7 +117,14 @@ class ReplyInbox:
         """Take answers under this correlation id for as long as the block lasts.
 
         `on_response` is called with each responder's first answer, on the loop.
+
+        Raises:
+            ConfigurationError: If somebody waits for this id already.
         """
+        if correlation_id in self._slots:
+            raise ConfigurationError(
+                f"answers to {correlation_id!r:.80} are waited for already: take a fresh id"
+            )
         slot = Slot(
             correlation_id=correlation_id,
             max_responders=max_responders,

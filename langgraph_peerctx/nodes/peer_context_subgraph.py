@@ -166,10 +166,11 @@ class Limits:
         Raises:
             ConfigurationError: If it is of the wrong kind.
         """
+        least = count_in(state, "min_responses")
         return Limits(
             expect=texts_in(state, "expect") or self.expect,
             timeout_seconds=seconds_in(state, "timeout_seconds") or self.timeout_seconds,
-            min_responses=count_in(state, "min_responses") or self.min_responses,
+            min_responses=self.min_responses if least is None else least,
         )
 
 

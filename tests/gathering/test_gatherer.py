@@ -12,6 +12,7 @@ from gathering.fake_peers import REPLIES, REQUESTS, SETTINGS, answer_to, peers, 
 from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.errors import (
     BrokerUnavailableError,
+    ConfigurationError,
     ProtocolError,
     SendOutcomeUnknownError,
     TooFewResponsesError,
@@ -40,6 +41,28 @@ async def runtime(broker: FakeBroker) -> AsyncIterator[PeerContextRuntime]:
 async def gather(runtime: PeerContextRuntime, **options: Any) -> Any:
     options = {"failed_agent_id": "product", "thread_id": "t", "timeout_seconds": 0.2} | options
     return await runtime.gather(**options)
+
+
+async def test_two_gathers_under_one_id_are_refused(
+    broker: FakeBroker, runtime: PeerContextRuntime
+) -> None:
+    del broker
+    first = asyncio.create_task(gather(runtime, correlation_id="c"))
+    await asyncio.sleep(0.01)
+    with pytest.raises(ConfigurationError, match="fresh id"):
+        await gather(runtime, correlation_id="c")
+    await first
+
+
+async def test_what_the_callers_predicate_raises_is_raised_to_the_caller(
+    broker: FakeBroker, runtime: PeerContextRuntime
+) -> None:
+    def fail(_responses: Any) -> bool:
+        raise ZeroDivisionError
+
+    async with peers(broker, lambda request: reply(broker, answer_to(request, "a"))):
+        with pytest.raises(ZeroDivisionError):
+            await gather(runtime, enough=fail, timeout_seconds=5)
 
 
 async def test_a_gather_ends_with_the_last_of_those_expected(

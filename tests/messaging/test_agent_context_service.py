@@ -331,12 +331,19 @@ async def test_a_handler_that_breaks_costs_one_answer_and_not_the_service(
             return super().answer(request)
 
     handler = Broken("marketing", store=store)
-    async with AgentContextService("marketing", responder=responder, handler=handler):
+    async with (
+        AgentContextService("marketing", responder=responder, handler=handler),
+        AgentContextService("inventory", responder=responder, store=store),
+    ):
         ask(broker, correlation_id="c0")
         ask(broker)
-        (answer,) = await answers(broker)
-    assert answer.correlation_id == "c1"
-    assert responder.counters["failed"] == 1
+        responses = {r.correlation_id: r for r in await answers(broker, 2)}
+    statuses = {
+        correlation_id: {answer.agent_id: answer.status for answer in response.agents}
+        for correlation_id, response in responses.items()
+    }
+    assert statuses["c0"] == {"marketing": "busy", "inventory": "nothing"}
+    assert statuses["c1"] == {"marketing": "nothing", "inventory": "nothing"}
 
 
 @pytest.mark.parametrize("addressee", ["process-1", "marketing"])
@@ -575,6 +582,16 @@ async def test_registering_at_once_starts_an_agent_once(
     await asyncio.gather(*(services[0].start() for _ in range(5)))
     await manager.stop_all()
     assert not responder.is_running
+
+
+async def test_agents_that_are_registered_at_once_share_one_responder(tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"database_url": f"sqlite:///{tmp_path}/new.db"})
+    manager = AgentContextServiceManager(settings)
+    services = await asyncio.gather(*(manager.register_agent(name) for name in "abc"))
+    assert len({id(service.responder) for service in services}) == 1
+    assert services[0].responder is not None
+    assert services[0].responder.agents == ("a", "b", "c")
+    await manager.stop_all()
 
 
 async def test_opening_a_store_blocks_no_loop(

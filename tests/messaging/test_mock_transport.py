@@ -10,6 +10,7 @@ from langgraph_peerctx.config import KafkaConfig, PeerContextSettings
 from langgraph_peerctx.errors import (
     BrokerUnavailableError,
     ConfigurationError,
+    RecordRefusedError,
     SendOutcomeUnknownError,
     UnknownTopicError,
 )
@@ -100,13 +101,25 @@ async def test_an_absent_broker_means_mock_mode_until_it_is_there(
     assert said[1] == "Kafka at h:1 is there again: mock mode is left"
 
 
-@pytest.mark.parametrize("fault", [BrokerUnavailableError("gone"), SendOutcomeUnknownError("?")])
-async def test_a_broker_that_vanishes_starts_mock_mode(fault: Exception) -> None:
+@pytest.mark.parametrize("fault", [RecordRefusedError("too large"), SendOutcomeUnknownError("?")])
+async def test_what_is_no_absence_is_raised_and_starts_no_mock_mode(fault: Exception) -> None:
+    """Of an unknown outcome nobody may say that it was only logged: an answer may come."""
+    kafka = FakeTransport(FakeBroker(topics={"t": []}))
+    transport = AutoTransport(kafka, "h:1", pause=Pause())
+    await transport.start()
+    kafka.send_fault = fault
+    with pytest.raises(type(fault)):
+        await transport.send("t", b"x")
+    assert transport.degraded == ()
+    await transport.close()
+
+
+async def test_a_broker_that_vanishes_starts_mock_mode() -> None:
     kafka, pause = FakeTransport(FakeBroker(topics={"t": []})), Pause()
     transport = AutoTransport(kafka, "h:1", pause=pause)
     await transport.start()
     assert transport.degraded == ()
-    kafka.send_fault = fault
+    kafka.send_fault = BrokerUnavailableError("gone")
     assert await transport.send("t", b"x") == "mock"
     assert transport.degraded
     await transport.close()
