@@ -9,7 +9,7 @@ import atexit
 import logging
 import os
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from functools import partial
@@ -19,10 +19,7 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.errors import ConfigurationError, PeerContextError
-from langgraph_peerctx.messaging.agent_context_service import (
-    AgentContextService,
-    ContextResponder,
-)
+from langgraph_peerctx.messaging.agent_context_service import ContextResponder, ready_handler
 from langgraph_peerctx.messaging.context_handler import ContextRequestHandler
 from langgraph_peerctx.runtime import PeerContextRuntime
 
@@ -47,7 +44,7 @@ class BackgroundRuntime:
         self._pid = os.getpid()
         self._runtime = PeerContextRuntime(settings)
         self._responder: ContextResponder | None = None
-        self._services: dict[str, tuple[AgentContextService, int]] = {}
+        self._hosted: dict[str, tuple[ContextRequestHandler, int]] = {}
         self._hosting: asyncio.Lock = asyncio.Lock()  # belongs to the portal's loop
         self._stack = ExitStack()
         self._portal: BlockingPortal | None = None
@@ -60,7 +57,7 @@ class BackgroundRuntime:
     @property
     def agents(self) -> tuple[str, ...]:
         """The agents that are hosted here, sorted."""
-        return tuple(sorted(self._services))
+        return tuple(sorted(self._hosted))
 
     def call(self, work: Work[T]) -> T:
         """Do something with the runtime on its loop, and wait for it; from any other thread.
@@ -83,31 +80,32 @@ class BackgroundRuntime:
         """
         return await asyncio.wrap_future(self._submitted(work))
 
-    async def host(self, agent_id: str, handler: ContextRequestHandler | None = None) -> None:
-        """Answer peers for an agent, from now on; counted, as `unhost` takes it back.
+    async def host(self, *agents: str | ContextRequestHandler) -> None:
+        """Answer peers for agents, from now on; counted, as `unhost` takes it back.
+
+        A request is answered once, for the agents that are here then: name all in one call.
 
         Args:
-            agent_id: The agent.
-            handler: What answers; by default a `ContextRequestHandler` on the settings' store.
+            agents: Each as its id, answered for from the settings' store, or as its handler.
 
         Raises:
-            ProtocolError: If `agent_id` is no legal id.
-            StoreError: If its event store cannot be opened.
+            ProtocolError: If an id is not legal.
+            StoreError: If an event store cannot be opened.
             BrokerUnavailableError: If there is no broker, and mock mode is `never`.
         """
-        await self.acall(partial(self._host, agent_id, handler))
+        await self.acall(partial(self._host, agents))
 
-    def host_now(self, agent_id: str, handler: ContextRequestHandler | None = None) -> None:
-        """Answer peers for an agent; blocks until it does. See `host`."""
-        self.call(partial(self._host, agent_id, handler))
+    def host_now(self, *agents: str | ContextRequestHandler) -> None:
+        """Answer peers for agents; blocks until it does. See `host`."""
+        self.call(partial(self._host, agents))
 
-    async def unhost(self, agent_id: str) -> None:
-        """Answer no longer for an agent, if nobody else hosts it here."""
-        await self.acall(partial(self._unhost, agent_id))
+    async def unhost(self, *agent_ids: str) -> None:
+        """Answer no longer for agents, if nobody else hosts them here."""
+        await self.acall(partial(self._unhost, agent_ids))
 
-    def unhost_now(self, agent_id: str) -> None:
-        """Answer no longer for an agent; blocks. See `unhost`."""
-        self.call(partial(self._unhost, agent_id))
+    def unhost_now(self, *agent_ids: str) -> None:
+        """Answer no longer for agents; blocks. See `unhost`."""
+        self.call(partial(self._unhost, agent_ids))
 
     def start(self) -> None:
         """Start thread, loop and runtime; blocks until it runs.
@@ -140,35 +138,38 @@ class BackgroundRuntime:
         return portal.start_task_soon(partial(_do, work, self._runtime), name="peerctx-work")
 
     async def _host(
-        self,
-        agent_id: str,
-        handler: ContextRequestHandler | None,
-        runtime: PeerContextRuntime,
+        self, agents: Sequence[str | ContextRequestHandler], runtime: PeerContextRuntime
     ) -> None:
         async with self._hosting:
-            service, count = self._services.get(agent_id, (None, 0))
-            if service is None:
-                if self._responder is None:
-                    self._responder = ContextResponder(self.settings, transport=runtime.transport)
-                service = AgentContextService(agent_id, responder=self._responder, handler=handler)
-                await service.start()
-            self._services[agent_id] = (service, count + 1)
+            new: dict[str, ContextRequestHandler] = {}
+            names = [a if isinstance(a, str) else a.agent_id for a in agents]
+            for name, agent in zip(names, agents, strict=True):
+                if name not in self._hosted:
+                    given = None if isinstance(agent, str) else agent
+                    new[name] = await ready_handler(name, self.settings, handler=given)
+            if self._responder is None:
+                self._responder = ContextResponder(self.settings, transport=runtime.transport)
+            if new:
+                await self._responder.host(*new.values())
+            for name in names:
+                handler, count = self._hosted.get(name) or (new[name], 0)
+                self._hosted[name] = (handler, count + 1)
 
-    async def _unhost(self, agent_id: str, _runtime: PeerContextRuntime) -> None:
+    async def _unhost(self, agent_ids: Sequence[str], _runtime: PeerContextRuntime) -> None:
         async with self._hosting:
-            service, count = self._services.get(agent_id, (None, 0))
-            if service is not None and count > 1:
-                self._services[agent_id] = (service, count - 1)
-            elif service is not None:
-                del self._services[agent_id]
-                await service.stop()
+            for agent_id in agent_ids:
+                handler, count = self._hosted.pop(agent_id, (None, 0))
+                if handler is not None and count > 1:
+                    self._hosted[agent_id] = (handler, count - 1)
+                elif handler is not None and self._responder is not None:
+                    await self._responder.unhost(handler)
 
     async def _close(self) -> None:
         try:
-            async with asyncio.timeout(STOP_TIMEOUT_SECONDS):
-                for service, _ in self._services.values():
-                    await service.stop()
-                self._services.clear()
+            async with asyncio.timeout(STOP_TIMEOUT_SECONDS), self._hosting:
+                if self._responder is not None:
+                    await self._responder.unhost(*(handler for handler, _ in self._hosted.values()))
+                self._hosted.clear()
                 await self._runtime.close()
         except (PeerContextError, TimeoutError):
             _logger.exception("the peer context runtime did not stop well")

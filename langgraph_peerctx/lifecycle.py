@@ -86,9 +86,8 @@ async def _running(
         stack.push_async_callback(lease.arelease)
         try:
             runtime = await lease.aruntime()
-            for agent_id in agents:
-                await runtime.host(agent_id)
-                stack.push_async_callback(runtime.unhost, agent_id)
+            await runtime.host(*agents)
+            stack.push_async_callback(runtime.unhost, *agents)
         except PeerContextError as error:
             _logger.error("peer context did not start: %s", error)  # noqa: TRY400 - it is raised
             raise
@@ -122,7 +121,7 @@ class PeerContextHook(BaseCallbackHandler):
         self._changing = threading.Lock()
         self._lease: background.Lease | None = None
         self._starting: threading.Thread | None = None
-        self._hosted: list[str] = []
+        self._hosts = False
 
     def on_chain_start(
         self,
@@ -168,16 +167,15 @@ class PeerContextHook(BaseCallbackHandler):
             self._unhost(lease)
 
     def _unhost(self, lease: background.Lease) -> None:
-        while self._hosted:
-            lease.runtime().unhost_now(self._hosted.pop())
+        hosts, self._hosts = self._hosts, False
+        if hosts:
+            lease.runtime().unhost_now(*self._agents)
         lease.release()
 
     def _host(self, lease: background.Lease) -> None:
         try:
-            runtime = lease.runtime()
-            for agent_id in self._agents:
-                runtime.host_now(agent_id)
-                self._hosted.append(agent_id)
+            lease.runtime().host_now(*self._agents)
+            self._hosts = True
         except PeerContextError as error:
             _logger.error("peer context did not start: %s", error)  # noqa: TRY400 - said in full
             with self._changing:

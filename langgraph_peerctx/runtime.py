@@ -148,7 +148,9 @@ class PeerContextRuntime:
             _logger.warning("the topics are not ready: %s", error)
 
     async def close(self) -> None:
-        """Close what is its own. Safe to call twice."""
+        """Close what is its own; what is being gathered ends, and says so. Safe to call twice."""
+        if self._gatherer is not None:
+            self._gatherer.close()
         self._gatherer = self._steps = None
         await self._stack.aclose()
         if not self._borrowed:

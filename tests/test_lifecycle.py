@@ -27,8 +27,10 @@ from langgraph_peerctx.errors import (
     StoreError,
 )
 from langgraph_peerctx.lifecycle import PeerContextHook, peer_context_lifespan
+from langgraph_peerctx.messaging.embedded_broker import EmbeddedBroker
 from langgraph_peerctx.nodes.peer_context_node import PeerContextNode
 from langgraph_peerctx.nodes.state import PeerContextState
+from langgraph_peerctx.runtime import PeerContextRuntime
 
 NOWHERE = PeerContextSettings(
     kafka=KafkaConfig(bootstrap_servers="127.0.0.1:1", connect_timeout_seconds=0.3),
@@ -68,6 +70,25 @@ async def test_around_a_graph(settings: PeerContextSettings) -> None:
         state = await graph().ainvoke(ABOUT)
         assert state["peer_context_report"]["degraded"][0].startswith("mock mode")
     assert background.settings_in_use() is None
+
+
+async def test_all_its_agents_answer_what_was_asked_before_it_was_entered(tmp_path: Path) -> None:
+    with EmbeddedBroker() as broker:
+        settings = PeerContextSettings(
+            kafka=KafkaConfig(bootstrap_servers=broker.bootstrap_servers),
+            mock_mode="never",
+            requester_id="asker",
+            database_url=f"sqlite:///{tmp_path}/events.db",
+        )
+        async with PeerContextRuntime(settings) as asker:
+            gathering = asyncio.create_task(
+                asker.gather(**ABOUT, expect=["a", "b"], timeout_seconds=20)
+            )
+            await asyncio.sleep(0.2)
+            async with peer_context_lifespan(agents=["a", "b"], settings=settings):
+                context = await gathering
+    assert context.coverage.answered == ("a", "b")
+    assert context.coverage.complete
 
 
 async def test_entered_twice_it_runs_until_both_have_left(settings: PeerContextSettings) -> None:

@@ -60,6 +60,14 @@ class Gatherer:
         self._transport = transport
         self._inbox = inbox
         self._settings = settings
+        self._running: set[Wanted] = set()
+        self._closed = False
+
+    def close(self) -> None:
+        """End what is being gathered, with what is there; the results say so."""
+        self._closed = True
+        for wanted in self._running:
+            wanted.satisfied.set()
 
     def request(
         self,
@@ -126,6 +134,7 @@ class Gatherer:
             raise NothingSentError("; ".join(self._transport.degraded))
 
     async def _send_and_tell(self, request: ContextRequest, on_sent: OnSent | None) -> None:
+        await self._inbox.positioned()  # else a fast peer's answer is lost, and nothing says so
         await self.send(request)
         if on_sent is not None:
             on_sent()
@@ -157,8 +166,7 @@ class Gatherer:
             on_answer: Called with each answer as it comes, on the loop.
 
         Returns:
-            The merged answers, at most one per process, with a coverage report. What was missing
-            stands in `degraded`.
+            The merged answers, with a coverage report. What was missing stands in `degraded`.
 
         Raises:
             TooFewResponsesError: If fewer than `min_responses` answered in time.
@@ -186,7 +194,7 @@ class Gatherer:
             inbox: Where they come; by default the process's own.
         """
         return (inbox or self._inbox).expect(
-            request.correlation_id,
+            request,
             _keep,
             max_responders=self._settings.max_responders,
             max_total_bytes=self._settings.max_total_bytes,
@@ -218,14 +226,18 @@ class Gatherer:
         slot.on_response = wanted.take
         for response in list(slot.responses.values()):
             wanted.take(response)
-        trouble = await _until_enough(ask, wanted, window)
+        self._running.add(wanted)
+        try:
+            trouble = await _until_enough(ask, wanted, window)
+        finally:
+            self._running.discard(wanted)
         if wanted.fault is not None:
             raise wanted.fault
         if self._settings.mock_mode == "never" and _certain(trouble):
             raise trouble
         needed = wanted.min_responses
-        if needed is not None and len(slot.responses) < needed:
-            raise TooFewResponsesError(len(slot.responses), needed)
+        if needed is not None and len(slot.responders) < needed:
+            raise TooFewResponsesError(len(slot.responders), needed)
         silenced = self._silenced(trouble, (inbox or self._inbox).lost)
         return _report(request, wanted, slot, silenced, loop.time() - started)
 
@@ -236,6 +248,8 @@ class Gatherer:
             said.append(str(trouble))
         if lost is not None and lost not in said:
             said.append(f"answers could not arrive: {lost}")
+        if self._closed:
+            said.append("the runtime was closed while answers were awaited")
         return said
 
 
@@ -256,6 +270,7 @@ class Wanted:
         self.expected = frozenset(expect)
         self.missing = set(expect)
         self.responses: list[ContextResponse] = []
+        self.responders: set[str] = set()
         self.satisfied = asyncio.Event()
         self.fault: Exception | None = None
         self.min_responses = min_responses
@@ -265,6 +280,7 @@ class Wanted:
     def take(self, response: ContextResponse) -> None:
         """Count one answer."""
         self.responses.append(response)
+        self.responders.add(response.responder_id)
         self.missing -= _names(response)
         try:
             self._judge(response)
@@ -274,7 +290,7 @@ class Wanted:
 
     def _judge(self, response: ContextResponse) -> None:
         everybody = bool(self.expected) and not self.missing
-        some = self.min_responses is not None and len(self.responses) >= self.min_responses
+        some = self.min_responses is not None and len(self.responders) >= self.min_responses
         if everybody or some or (self._enough is not None and self._enough(self.responses)):
             self.satisfied.set()
         if self._on_answer is not None:
@@ -286,17 +302,18 @@ class Wanted:
         for response in self.responses:
             for answer in response.agents:
                 statuses.setdefault(answer.status, set()).add(answer.agent_id)
-        responders = {response.responder_id for response in self.responses}
+        answered = self.expected - self.missing if self.expected else self.responders
         unasked = {r.responder_id for r in self.responses if not _names(r) & self.expected}
         return Coverage(
             asked=tuple(sorted(self.expected)),
-            answered=tuple(sorted(self.expected - self.missing if self.expected else responders)),
+            answered=tuple(sorted(answered)),
             empty=tuple(sorted(statuses.get("nothing", ()))),
             declined=tuple(sorted(statuses.get("declined", ()))),
             busy=tuple(sorted(statuses.get("busy", ()))),
             silent=tuple(sorted(self.missing)),
             extra=tuple(sorted(unasked)) if self.expected else (),
             truncated=merged.truncated,
+            contradicted=tuple(sorted({*slot.contradicted, *merged.contested})),
             duplicate=slot.duplicate,
             dropped=slot.dropped,
             roster_known=bool(self.expected),
@@ -394,7 +411,7 @@ def _shortcomings(coverage: Coverage, slot: Slot, merged: Merged) -> list[str]:
         ("busy", coverage.busy),
         ("declined", coverage.declined),
         ("cut to fit", coverage.truncated),
-        ("contradicted themselves", tuple(sorted(slot.contradicted))),
+        ("told in two ways", coverage.contradicted),
     ):
         if names:
             said.append(f"{what}: {', '.join(names)}")

@@ -1,10 +1,11 @@
 """Many peers' answers to one context: a pure function, the same whatever order they came in."""
 
 import heapq
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from operator import attrgetter
+from operator import itemgetter
 from typing import TypeAlias
 
 from langgraph_peerctx.gathering.peer_context import Conflict, Fact
@@ -15,8 +16,10 @@ from langgraph_peerctx.protocol.messages import (
     Json,
 )
 
-_Told: TypeAlias = dict[str, dict[str, Interaction]]
-"""Interaction id -> agent id -> its version; agents in the order of their names."""
+_Teller: TypeAlias = tuple[str, str, str]
+"""Agent, process that answered for it, and that process's incarnation."""
+_Told: TypeAlias = dict[str, dict[_Teller, Interaction]]
+"""Interaction id -> teller -> its version; tellers sorted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +31,7 @@ class Merged:
         memory: Agent id -> what it remembers.
         conflicts: By interaction id; the version of the agent that sorts first is the one kept.
         truncated: Agents whose answer was cut, here or at the peer.
+        contested: Agents whose memory two processes tell differently; the first one's is kept.
         misfits: How many interactions were not the answering agent's own with the failed agent, in
             the thread that was asked about, and were left out.
     """
@@ -37,6 +41,7 @@ class Merged:
     in_doubt: tuple[InDoubtAnswer, ...] = ()
     conflicts: tuple[Conflict, ...] = ()
     truncated: tuple[str, ...] = ()
+    contested: tuple[str, ...] = ()
     misfits: int = 0
 
 
@@ -54,7 +59,7 @@ def merge(
     Where clocks and sequences contradict each other, the earliest goes first.
 
     Args:
-        responses: At most one per responder.
+        responses: At most one per responder and incarnation.
         failed_agent_id: Whom the question was about.
         thread_id: The thread that the question was about.
         max_bytes: The newest interactions that fit into so many bytes of JSON are kept; by default
@@ -63,15 +68,21 @@ def merge(
     told: _Told = {}
     memory: dict[str, Json] = {}
     truncated: set[str] = set()
+    contested: set[str] = set()
     misfits = 0
-    by_responder = sorted(responses, key=attrgetter("responder_id"))
-    answers = sorted((a for r in by_responder for a in r.agents), key=attrgetter("agent_id"))
-    for answer in answers:
+    by_responder = sorted(responses, key=_responder)
+    answers = sorted(
+        (((answer.agent_id, *_responder(r)), answer) for r in by_responder for answer in r.agents),
+        key=itemgetter(0),
+    )
+    for teller, answer in answers:
         agent_id = answer.agent_id
         if answer.truncated:
             truncated.add(agent_id)
-        if answer.memory_state:
-            memory.setdefault(agent_id, answer.memory_state)
+        if answer.memory_state and memory.setdefault(agent_id, answer.memory_state) != (
+            answer.memory_state
+        ):
+            contested.add(agent_id)
         parties = {(agent_id, failed_agent_id), (failed_agent_id, agent_id)}
         for interaction in answer.interactions:
             if (
@@ -80,34 +91,53 @@ def merge(
             ):
                 misfits += 1
             elif (versions := told.get(interaction.interaction_id)) is not None:
-                versions.setdefault(agent_id, interaction)
+                versions.setdefault(teller, interaction)
             else:
-                told[interaction.interaction_id] = {agent_id: interaction}
+                told[interaction.interaction_id] = {teller: interaction}
     if max_bytes is not None:
         kept = _newest_within(told, max_bytes)
-        truncated.update(agent for key in told.keys() - kept.keys() for agent in told[key])
+        truncated.update(agent for key in told.keys() - kept.keys() for agent, *_ in told[key])
         told = kept
     return Merged(
         facts=tuple(
-            # Answers came in the order of their agents: so do their names.
-            Fact(interaction=_first(told[key]), told_by=tuple(told[key]))
+            Fact(interaction=_first(told[key]), told_by=_agents(told[key]))
             for key in _causal_order(told)
         ),
         memory=memory,
-        in_doubt=_settled(answer for response in responses for answer in response.in_doubt),
+        in_doubt=_settled(answer for response in by_responder for answer in response.in_doubt),
         conflicts=tuple(
-            Conflict(interaction_id=key, versions=told[key])
+            Conflict(interaction_id=key, versions=_named(told[key]))
             for key in sorted(key for key, versions in told.items() if len(versions) > 1)
             if _contradict(told[key].values())
         ),
         truncated=tuple(sorted(truncated)),
+        contested=tuple(sorted(contested)),
         misfits=misfits,
     )
 
 
-def _first(versions: Mapping[str, Interaction]) -> Interaction:
+def _responder(response: ContextResponse) -> tuple[str, str]:
+    return response.responder_id, response.incarnation or ""
+
+
+def _first(versions: Mapping[_Teller, Interaction]) -> Interaction:
     """Return the version of the agent that sorts first."""
     return next(iter(versions.values()))
+
+
+def _agents(tellers: Iterable[_Teller]) -> tuple[str, ...]:
+    """Return the agents' names; tellers are sorted, and so are they."""
+    return tuple(dict.fromkeys(agent_id for agent_id, *_ in tellers))
+
+
+def _named(versions: Mapping[_Teller, Interaction]) -> dict[str, Interaction]:
+    """Name each version after its agent, and its process where two answer for the agent."""
+    answers = Counter(agent_id for agent_id, *_ in versions)
+    named: dict[str, Interaction] = {}
+    for (agent_id, process, incarnation), version in versions.items():
+        name = agent_id if answers[agent_id] == 1 else f"{agent_id} on {process}"
+        named[name if name not in named else f"{name}, {incarnation}"] = version
+    return named
 
 
 def _contradict(versions: Iterable[Interaction]) -> bool:
@@ -143,27 +173,27 @@ def _causal_order(told: _Told) -> list[str]:
     return _sorted_topologically(by_time, _recorded(told), when)
 
 
-def _rises(versions: Iterable[Mapping[str, Interaction]]) -> bool:
-    """Tell whether each agent's own sequence rises in this order."""
-    last: dict[str, int] = {}
-    for by_agent in versions:
-        for agent_id, interaction in by_agent.items():
+def _rises(versions: Iterable[Mapping[_Teller, Interaction]]) -> bool:
+    """Tell whether each teller's own sequence rises in this order."""
+    last: dict[_Teller, int] = {}
+    for by_teller in versions:
+        for teller, interaction in by_teller.items():
             sequence = interaction.sequence
             if sequence is None:
                 continue
-            if sequence < last.get(agent_id, 0):
+            if sequence < last.get(teller, 0):
                 return False
-            last[agent_id] = sequence
+            last[teller] = sequence
     return True
 
 
 def _recorded(told: _Told) -> list[list[str]]:
-    """Return, for each agent, the ids that it told of in the order in which it recorded them."""
-    recorded: dict[str, list[tuple[int, str]]] = {}
+    """Return, for each teller, the ids that it told of in the order in which it recorded them."""
+    recorded: dict[_Teller, list[tuple[int, str]]] = {}
     for key, versions in told.items():
-        for agent_id, interaction in versions.items():
+        for teller, interaction in versions.items():
             if interaction.sequence is not None:
-                recorded.setdefault(agent_id, []).append((interaction.sequence, key))
+                recorded.setdefault(teller, []).append((interaction.sequence, key))
     return [[key for _, key in sorted(rows)] for rows in recorded.values()]
 
 

@@ -28,7 +28,8 @@ class Fact:
 class Conflict:
     """One interaction that peers remember differently; the first version told is the one kept.
 
-    `versions` maps each agent to what it says.
+    `versions` maps each agent to what it says; an agent that two processes answer for stands there
+    once for each, as `agent on process`.
     """
 
     interaction_id: str
@@ -56,6 +57,8 @@ class Coverage:
         late: How many answers came after the end, as far as it is known.
         duplicate: How many answers came twice.
         truncated: Agents whose answer was cut.
+        contradicted: Processes that answered twice, and not the same; agents whose memory two
+            processes tell differently.
         dropped: How many answers were not taken because of a limit.
     """
 
@@ -68,6 +71,7 @@ class Coverage:
     left: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
     truncated: tuple[str, ...] = ()
+    contradicted: tuple[str, ...] = ()
     late: int = 0
     duplicate: int = 0
     dropped: int = 0
@@ -80,7 +84,8 @@ class Coverage:
         return (
             self.roster_known
             and len(self.asked) > 0
-            and not (self.silent or self.left or self.busy or self.declined or self.truncated)
+            and not (self.silent or self.left or self.busy or self.declined)
+            and not (self.truncated or self.contradicted)
             and self.dropped == 0
             and not self.degraded
         )
@@ -91,7 +96,7 @@ class Coverage:
             name: list(getattr(self, name))
             for name in (
                 *("asked", "answered", "empty", "declined", "busy"),
-                *("silent", "left", "extra", "truncated"),
+                *("silent", "left", "extra", "truncated", "contradicted"),
             )
         }
         counts: dict[str, JsonValue] = {

@@ -7,8 +7,10 @@ sends one answer a request, which lists each of them.
 import asyncio
 import logging
 import time
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Self
@@ -76,23 +78,17 @@ class ContextResponder:
         self._borrowed = transport
         self._transport: Transport | None = None
         self._subscription: Subscription | None = None
-        self._handlers: dict[str, ContextRequestHandler] = {}
+        self._hosted: list[ContextRequestHandler] = []
         self._requests: asyncio.Queue[tuple[ContextRequest, float]] = asyncio.Queue(QUEUED_REQUESTS)
         self._seen: OrderedDict[str, None] = OrderedDict()
         self._buckets = _Buckets()
         self._stack = AsyncExitStack()
-        self._users = 0
-        self._starting = asyncio.Lock()
+        self._changing = asyncio.Lock()
 
     @property
     def is_running(self) -> bool:
         """Whether it reads requests (in mock mode: would, if any could come)."""
         return self._subscription is not None
-
-    @property
-    def idle(self) -> bool:
-        """Whether nobody uses it."""
-        return self._users == 0
 
     @property
     def degraded(self) -> tuple[str, ...]:
@@ -107,42 +103,50 @@ class ContextResponder:
         """The agents that it answers for, sorted."""
         return tuple(sorted(self._handlers))
 
-    def host(self, handler: ContextRequestHandler) -> None:
-        """Answer for this agent too, from the next request on; an earlier handler is replaced."""
-        self._handlers[handler.agent_id] = handler
+    @property
+    def _handlers(self) -> dict[str, ContextRequestHandler]:
+        """Agent id -> what answers for it; of several, the latest."""
+        return {handler.agent_id: handler for handler in self._hosted}
 
-    def unhost(self, agent_id: str) -> None:
-        """Answer for this agent no longer."""
-        self._handlers.pop(agent_id, None)
+    async def host(self, *handlers: ContextRequestHandler) -> None:
+        """Answer for these agents too; the first ones start the reading.
 
-    async def acquire(self) -> None:
-        """Start with the first user; each `acquire` wants a `release`.
-
-        Raises:
-            BrokerUnavailableError: If there is no broker, and mock mode is `never`.
-        """
-        async with self._starting:
-            if self._users == 0:
-                await self.start()
-            self._users += 1
-
-    async def release(self) -> None:
-        """Stop with the last user."""
-        async with self._starting:
-            self._users -= 1
-            if self._users == 0:
-                await self.stop()
-
-    async def start(self) -> None:
-        """Read requests from the topic's last thousand on.
+        It begins a thousand records before the topic's end, and each request is answered once, for
+        the agents that are here when it is read: name all agents of a process in one call.
 
         Raises:
             BrokerUnavailableError: If there is no broker, and mock mode is `never`.
         """
+        self._hosted.extend(handlers)
+        try:
+            async with self._changing:
+                if self._subscription is None:
+                    await self._start()
+        except BaseException:
+            self._drop(handlers)
+            raise
+
+    async def unhost(self, *handlers: ContextRequestHandler) -> None:
+        """Answer through these no longer; the last ones stop the reading. Safe to call twice."""
+        self._drop(handlers)
+        async with self._changing:
+            if not self._hosted:
+                await self._stop()
+
+    async def stop(self) -> None:
+        """Answer for nobody any more. Safe to call twice."""
+        await self.unhost(*self._hosted)
+
+    def _drop(self, handlers: Sequence[ContextRequestHandler]) -> None:
+        for handler in handlers:
+            if handler in self._hosted:
+                self._hosted.remove(handler)
+
+    async def _start(self) -> None:
         async with AsyncExitStack() as stack:
-            transport = self._borrowed
-            if transport is None:
-                transport = create_transport(self.settings)
+            stack.callback(setattr, self, "_transport", None)
+            self._transport = transport = self._borrowed or create_transport(self.settings)
+            if self._borrowed is None:
                 stack.push_async_callback(transport.close)
                 await transport.start()
             await transport.ensure_topics(topics_for(self.settings.kafka)[:1])
@@ -154,15 +158,13 @@ class ContextResponder:
                 start=From(back=LOOK_BACK_RECORDS),
             )
             stack.push_async_callback(subscription.close)
-            self._transport, self._subscription = transport, subscription
             await self._until_positioned(subscription)
+            self._subscription = subscription
             self._stack = stack.pop_all()
 
-    async def stop(self) -> None:
-        """Stop reading and answering. Safe to call twice."""
+    async def _stop(self) -> None:
         self._subscription = None
         await self._stack.aclose()
-        self._transport = None
 
     async def _until_positioned(self, subscription: Subscription) -> None:
         seconds = self.settings.kafka.connect_timeout_seconds
@@ -423,6 +425,7 @@ class AgentContextService:
         self._given_responder = responder
         self._handler = handler
         self._responder: ContextResponder | None = None
+        self._hosted: ContextRequestHandler | None = None
         self._changing = asyncio.Lock()
 
     @property
@@ -453,20 +456,18 @@ class AgentContextService:
             if self._responder is not None:
                 return
             responder = self._given_responder or self._choose_responder()
-            handler = self._handler or await self._new_handler(responder.settings)
-            store = await asyncio.to_thread(getattr, handler, "store")  # opening one may wait
-            await store.aping()
-            await responder.acquire()
-            responder.host(handler)
-            self._responder = responder
+            hosted = await ready_handler(
+                self.agent_id, responder.settings, store=self._store, handler=self._handler
+            )
+            await responder.host(hosted)
+            self._responder, self._hosted = responder, hosted
 
     async def stop(self) -> None:
         """Answer no longer. Safe to call twice."""
         async with self._changing:
             responder, self._responder = self._responder, None
-            if responder is not None:
-                responder.unhost(self.agent_id)
-                await responder.release()
+            if responder is not None and self._hosted is not None:
+                await responder.unhost(self._hosted)
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -486,12 +487,34 @@ class AgentContextService:
             return ContextResponder(settings, transport=self._transport)
         return _shared_responder(settings)
 
-    async def _new_handler(self, settings: PeerContextSettings) -> ContextRequestHandler:
-        return ContextRequestHandler(
-            self.agent_id,
-            store=self._store or await aget_event_store(settings.database_url),
+
+async def ready_handler(
+    agent_id: str,
+    settings: PeerContextSettings,
+    *,
+    store: EventStore | None = None,
+    handler: ContextRequestHandler | None = None,
+) -> ContextRequestHandler:
+    """Return what answers for an agent, its event store opened and answering.
+
+    Args:
+        agent_id: The agent.
+        settings: Which store, and how many interactions an answer may have.
+        store: By default the settings'.
+        handler: By default a `ContextRequestHandler` on the store.
+
+    Raises:
+        StoreError: If the event store cannot be opened.
+    """
+    if handler is None:
+        handler = ContextRequestHandler(
+            agent_id,
+            store=store or await aget_event_store(settings.database_url),
             max_interactions=settings.max_interactions,
         )
+    opened = await asyncio.to_thread(getattr, handler, "store")  # opening one may wait
+    await opened.aping()
+    return handler
 
 
 _RESPONDERS: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, ContextResponder]] = (
@@ -515,8 +538,7 @@ class AgentContextServiceManager:
 
     def __init__(self, settings: PeerContextSettings | None = None) -> None:
         self._settings = settings
-        self._services: dict[str, AgentContextService] = {}
-        self._locks: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, asyncio.Lock]] = (
+        self._by_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, _Registered] = (
             WeakKeyDictionary()
         )
 
@@ -530,38 +552,52 @@ class AgentContextServiceManager:
         Raises:
             PeerContextError: If the service does not start; nothing is left of it then.
         """
-        async with self._lock_of(agent_id):
-            running = self._services.get(agent_id)
+        registered = self._here()
+        async with registered.locks[agent_id]:
+            running = registered.services.get(agent_id)
             if running is not None and running.is_running:
                 return running
             service = AgentContextService(agent_id, **{"settings": self._settings, **options})
             await service.start()
-            self._services[agent_id] = service
+            registered.services[agent_id] = service
             return service
 
     async def unregister_agent(self, agent_id: str) -> None:
-        """Stop an agent's service, if there is one."""
-        async with self._lock_of(agent_id):
-            service = self._services.pop(agent_id, None)
+        """Stop an agent's service, if there is one on this loop."""
+        registered = self._here()
+        async with registered.locks[agent_id]:
+            service = registered.services.pop(agent_id, None)
             if service is not None:
                 await service.stop()
 
     def get_service(self, agent_id: str) -> AgentContextService | None:
-        """Return an agent's service, or None."""
-        return self._services.get(agent_id)
+        """Return an agent's service, or None.
+
+        A service belongs to the event loop that started it: of a loop that has ended there is none.
+        """
+        for loop, registered in self._by_loop.items():
+            if agent_id in registered.services and not loop.is_closed():
+                return registered.services[agent_id]
+        return None
 
     async def stop_all(self) -> None:
-        """Stop every service; one that fails does not keep the others."""
-        for agent_id in list(self._services):
+        """Stop every service on this loop; one that fails does not keep the others."""
+        for agent_id in list(self._here().services):
             try:
                 await self.unregister_agent(agent_id)
             except PeerContextError:
                 _logger.exception("the service of %s did not stop well", agent_id)
 
-    def _lock_of(self, agent_id: str) -> asyncio.Lock:
-        """Return what starting and stopping an agent's service wait for, on this loop."""
-        locks = self._locks.setdefault(asyncio.get_running_loop(), {})
-        return locks.setdefault(agent_id, asyncio.Lock())
+    def _here(self) -> "_Registered":
+        return self._by_loop.setdefault(asyncio.get_running_loop(), _Registered())
+
+
+@dataclass(frozen=True, slots=True)
+class _Registered:
+    """One loop's services by agent, and what starting and stopping each waits for."""
+
+    services: dict[str, AgentContextService] = field(default_factory=dict)
+    locks: defaultdict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
 
 
 _MANAGER = AgentContextServiceManager()

@@ -2,10 +2,12 @@
 
 import asyncio
 import inspect
+import itertools
 import logging
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeAlias
 
@@ -21,6 +23,54 @@ MessageDict: TypeAlias = dict[str, Any]
 Handler: TypeAlias = Callable[[MessageDict], Awaitable[None] | None]
 
 BUFFERED_MESSAGES = 10_000
+BUFFERED_BYTES = 67_108_864
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A message that nobody has taken yet; `number` counts the arrivals."""
+
+    number: int
+    size: int
+    body: MessageDict
+
+
+class _Buffer:
+    """Messages that nobody has taken yet, by type, in the order in which they came."""
+
+    def __init__(self) -> None:
+        self._by_type: dict[str, deque[_Waiting]] = {}
+        self._numbers = itertools.count()
+        self._count = self._bytes = 0
+
+    def put(self, message_type: str, body: MessageDict, size: int) -> int:
+        """Take a message in; return how many old ones had to go for it."""
+        waiting = _Waiting(next(self._numbers), size, body)
+        self._by_type.setdefault(message_type, deque()).append(waiting)
+        self._count += 1
+        self._bytes += size
+        gone = 0
+        while self._count > BUFFERED_MESSAGES or self._bytes > BUFFERED_BYTES:
+            self.pop(self._by_type)
+            gone += 1
+        return gone
+
+    def pop(self, message_types: Collection[str]) -> _Waiting | None:
+        """Hand out the oldest message of one of these types."""
+        queues = [queue for name in message_types if (queue := self._by_type.get(name))]
+        if not queues:
+            return None
+        waiting = min(queues, key=lambda queue: queue[0].number).popleft()
+        self._count -= 1
+        self._bytes -= waiting.size
+        return waiting
+
+    def put_back(self, taken: Iterable[_Waiting]) -> None:
+        """Take back what was handed out, at its place."""
+        for waiting in sorted(taken, key=lambda w: w.number, reverse=True):
+            self._by_type[waiting.body["message_type"]].appendleft(waiting)
+            self._count += 1
+            self._bytes += waiting.size
 
 
 class KafkaMessageConsumer:
@@ -38,7 +88,7 @@ class KafkaMessageConsumer:
 
     Attributes:
         rejected: Records that were no valid message, by fault.
-        dropped: Messages that nobody collected before 10,000 newer ones came.
+        dropped: Messages that nobody took before 10,000 newer ones, or 64 MiB of them, came.
         failed: Messages whose handler raised.
     """
 
@@ -61,8 +111,7 @@ class KafkaMessageConsumer:
         self._borrowed = transport
         self._subscription: Subscription | None = None
         self._handlers: dict[str, Handler] = {}
-        self._collected: deque[MessageDict] = deque(maxlen=BUFFERED_MESSAGES)
-        self._handled: asyncio.Queue[MessageDict] = asyncio.Queue(BUFFERED_MESSAGES)
+        self._waiting = _Buffer()
         self._arrived = asyncio.Event()
         self._consuming: asyncio.Task[None] | None = None
         self._stack = AsyncExitStack()
@@ -98,17 +147,18 @@ class KafkaMessageConsumer:
                 self.topics, self._take, group_id=self.group_id
             )
             stack.push_async_callback(subscription.close)
-            self._subscription = subscription
             await self._until_positioned(subscription)
+            self._subscription = subscription
             self._stack = stack.pop_all()
 
     async def stop(self) -> None:
-        """Stop reading and consuming. Safe to call twice."""
+        """Stop reading and consuming. Safe to call twice, and from a handler."""
+        self._subscription = None
+        self._arrived.set()
         consuming, self._consuming = self._consuming, None
-        if consuming is not None:
+        if consuming is not None and consuming is not asyncio.current_task():
             consuming.cancel()
             await asyncio.wait({consuming})
-        self._subscription = None
         await self._stack.aclose()
 
     async def __aenter__(self) -> Self:
@@ -150,13 +200,15 @@ class KafkaMessageConsumer:
         Args:
             timeout: The window, in seconds. In mock mode nothing can come, and it is not waited
                 for.
-            message_type: Only messages of this type; others stay for a later call.
+            message_type: Only messages of this type; others stay for a later call. By default all
+                that no handler takes.
             max_messages: Return as soon as there are so many.
 
         Returns:
-            Messages as plain JSON, in the order in which they came; each is handed out once.
+            Messages as plain JSON, in the order in which they came; each is handed out once. What a
+            cancelled call had collected is there for the next one.
         """
-        found: list[MessageDict] = []
+        found: list[_Waiting] = []
         try:
             async with asyncio.timeout(timeout):
                 while self._subscription is not None:
@@ -168,21 +220,24 @@ class KafkaMessageConsumer:
                     await self._arrived.wait()
         except TimeoutError:
             self._hand_out(found, message_type, max_messages)
-        return found
+        except BaseException:
+            self._waiting.put_back(found)
+            raise
+        return [waiting.body for waiting in found]
 
     def _in_vain(self) -> bool:
         return self._subscription is not None and (self._subscription.lost or "").startswith("mock")
 
     def _hand_out(
-        self, found: list[MessageDict], message_type: str | None, max_messages: int | None
+        self, found: list[_Waiting], message_type: str | None, max_messages: int | None
     ) -> None:
-        for _ in range(len(self._collected)):
-            message = self._collected.popleft()
-            wanted = message_type is None or message["message_type"] == message_type
-            if wanted and (max_messages is None or len(found) < max_messages):
-                found.append(message)
-            else:
-                self._collected.append(message)
+        handled = self._handlers.keys() if self._consuming is not None else set()
+        message_types = MESSAGE_TYPES - handled if message_type is None else {message_type}
+        while max_messages is None or len(found) < max_messages:
+            waiting = self._waiting.pop(message_types)
+            if waiting is None:
+                return
+            found.append(waiting)
 
     def _take(self, record: Record) -> None:
         """Take one record: never waits."""
@@ -191,27 +246,30 @@ class KafkaMessageConsumer:
         except ProtocolError as error:
             self.rejected[error.fault] += 1
             return
-        body = message.model_dump(mode="json")
-        if len(self._collected) == BUFFERED_MESSAGES:
-            self.dropped += 1
-        self._collected.append(body)
+        size = len(record.value or b"")
+        self.dropped += self._waiting.put(
+            message.message_type, message.model_dump(mode="json"), size
+        )
         self._arrived.set()
-        if message.message_type in self._handlers and not self._handled.full():
-            self._handled.put_nowait(body)
 
     async def _consume(self) -> None:
-        while True:
-            message = await self._handled.get()
-            handler = self._handlers.get(message["message_type"])
-            if handler is None:
-                continue
-            try:
-                outcome = handler(message)
-                if inspect.isawaitable(outcome):
-                    await outcome
-            except Exception:  # a service loop logs and goes on to the next record
-                self.failed += 1
-                _logger.exception("the handler of %s failed", message["message_type"])
+        while self._subscription is not None:
+            waiting = self._waiting.pop(self._handlers)
+            if waiting is None:
+                self._arrived.clear()
+                await self._arrived.wait()
+            else:
+                await self._handle(waiting.body)
+                await asyncio.sleep(0)  # a flood must not keep the loop to itself
+
+    async def _handle(self, message: MessageDict) -> None:
+        try:
+            outcome = self._handlers[message["message_type"]](message)
+            if inspect.isawaitable(outcome):
+                await outcome
+        except Exception:  # a service loop logs and goes on to the next record
+            self.failed += 1
+            _logger.exception("the handler of %s failed", message["message_type"])
 
     async def _until_positioned(self, subscription: Subscription) -> None:
         # A group's first join takes about three seconds: the broker waits for more members.

@@ -19,6 +19,8 @@ STALE_AFTER_SECONDS = 3.0
 Where the connect deadline is longer, links are slow, and it counts instead.
 """
 RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0)
+TRIES_TO_READ_A_RECORD = 3
+"""A record that cannot be read so often is passed by; else it would stop its reader for ever."""
 
 
 class Reader(Protocol):
@@ -62,9 +64,13 @@ class KafkaSubscription:
         *,
         connect_seconds: float,
         client_errors: type[Exception],
+        record_errors: tuple[type[Exception], ...],
     ) -> None:
         self._stale_seconds = max(STALE_AFTER_SECONDS, connect_seconds)
         self._expected = (PeerContextError, client_errors, OSError, TimeoutError)
+        self._client_errors = client_errors
+        self._record_errors = record_errors
+        self._failures: dict[tuple[str, int], tuple[int, int]] = {}  # by place: offset, how often
         self._position_seconds = 3 * connect_seconds + reader.joining_seconds
         self._reader = reader
         self._make_consumer = make_consumer
@@ -136,7 +142,12 @@ class KafkaSubscription:
         answered_at, last = time.monotonic(), None
         while not self._stopping.is_set():
             # Never cancelled from outside: that would leak a waiter each time.
-            batches = await consumer.getmany(timeout_ms=int(POLL_SECONDS * 1_000))
+            try:
+                batches = await consumer.getmany(timeout_ms=int(POLL_SECONDS * 1_000))
+            except Exception as error:
+                if not self._is_the_records(error):
+                    raise
+                batches = await self._past_what_is_unreadable(consumer)
             for partition, records in batches.items():
                 for record in records:
                     self._hand_over(partition, record)
@@ -152,22 +163,58 @@ class KafkaSubscription:
                     "the broker or the topic is gone"
                 )
 
+    def _is_the_records(self, error: Exception) -> bool:
+        """Tell whether a record is at fault: its size, its checksum, or how it is compressed."""
+        # What a decompressor raises is no error of the client's.
+        return isinstance(error, self._record_errors) or not isinstance(error, self._client_errors)
+
+    async def _past_what_is_unreadable(self, consumer: Any) -> dict[Any, list[Any]]:
+        """Read each partition by itself; where that fails too often, pass one record by."""
+        batches: dict[Any, list[Any]] = {}
+        partitions = sorted(consumer.assignment())
+        for partition in partitions:  # what the others had brought went with the failure
+            if (offset := self._reader.offsets.get(tuple(partition))) is not None:
+                consumer.seek(partition, offset)
+        for partition in partitions:
+            try:
+                batches |= await consumer.getmany(partition, timeout_ms=int(POLL_SECONDS * 1_000))
+            except Exception as error:
+                if not self._is_the_records(error):
+                    raise
+                await self._count_failure(consumer, partition, error)
+        return batches
+
+    async def _count_failure(self, consumer: Any, partition: Any, error: Exception) -> None:
+        topic, number = place = tuple(partition)
+        offset = self._reader.offsets.get(place)
+        if offset is None:
+            offset = await consumer.position(partition)
+        failed_at, failures = self._failures.get(place, (offset, 0))
+        failures = failures + 1 if failed_at == offset else 1
+        self._failures[place] = offset, failures
+        if failures == TRIES_TO_READ_A_RECORD:
+            _logger.warning("record %d of %s cannot be read, and is left: %r", offset, topic, error)
+            self._give(Record(topic=topic, value=None, partition=number, offset=offset))
+            consumer.seek(partition, offset + 1)
+
     def _hand_over(self, partition: Any, record: Any) -> None:
-        place = partition.topic, partition.partition
-        self._reader.offsets[place] = record.offset + 1
-        try:
-            self._on_record(
-                Record(
-                    topic=record.topic,
-                    value=record.value,
-                    headers=tuple(record.headers),
-                    key=record.key,
-                    partition=record.partition,
-                    offset=record.offset,
-                    timestamp_ms=record.timestamp,
-                    was_there=record.offset < self._reader.ends.get(place, 0),
-                )
+        self._give(
+            Record(
+                topic=record.topic,
+                value=record.value,
+                headers=tuple(record.headers),
+                key=record.key,
+                partition=record.partition,
+                offset=record.offset,
+                timestamp_ms=record.timestamp,
+                was_there=record.offset < self._reader.ends.get(tuple(partition), 0),
             )
+        )
+
+    def _give(self, record: Record) -> None:
+        self._reader.offsets[record.topic, record.partition] = record.offset + 1
+        try:
+            self._on_record(record)
         except Exception:  # a service loop logs and goes on to the next record
             _logger.exception("a record on %s could not be taken", record.topic)
 

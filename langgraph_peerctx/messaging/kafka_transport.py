@@ -22,15 +22,18 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.conn import create_conn
 from aiokafka.errors import (
     AuthenticationFailedError,
+    CorruptRecordException,
     IllegalSaslStateError,
     InvalidTopicError,
     KafkaError,
     MessageSizeTooLargeError,
     ProducerClosed,
     RecordListTooLargeError,
+    RecordTooLargeError,
     SaslAuthenticationFailed,
     TopicAlreadyExistsError,
     TopicAuthorizationFailedError,
+    UnsupportedCodecError,
     UnsupportedSaslMechanismError,
     for_code,
 )
@@ -40,7 +43,6 @@ from langgraph_peerctx.config import KafkaConfig
 from langgraph_peerctx.errors import (
     BrokerUnavailableError,
     ConfigurationError,
-    PeerContextError,
     RecordRefusedError,
     SendOutcomeUnknownError,
     UnknownTopicError,
@@ -51,7 +53,6 @@ from langgraph_peerctx.messaging.client_ending import (
     end_client,
 )
 from langgraph_peerctx.messaging.kafka_subscription import (
-    POLL_SECONDS,
     KafkaSubscription,
     Reader,
 )
@@ -78,6 +79,8 @@ FETCH_WAIT_SECONDS = 0.5
 EMBEDDED_FETCH_WAIT_SECONDS = 0.01
 """The embedded broker never wakes a waiting fetch: each hop would cost the whole wait."""
 UNKNOWN_TOPIC_RECHECK_SECONDS = 1.0
+_CREATE_TOPICS = 19
+"""The key of this request in Kafka's protocol."""
 
 
 class KafkaTransport:
@@ -97,6 +100,8 @@ class KafkaTransport:
         self._endings: set[asyncio.Task[None]] = set()
         self._topics: set[str] = set()
         self._unknown_topics: dict[str, float] = {}
+        self._listing = asyncio.Lock()
+        self._listed_at = float("-inf")
         self._embedded = False
 
     @property
@@ -146,6 +151,7 @@ class KafkaTransport:
                 has_left = True
                 await sent
         except TimeoutError:
+            self._topics.discard(topic)  # perhaps it is there no longer: see before the next send
             self._discard(producer)
             raise SendOutcomeUnknownError(
                 f"{self.address} did not confirm a record on {topic} within "
@@ -154,6 +160,7 @@ class KafkaTransport:
         except _REFUSALS as error:
             raise RecordRefusedError(f"{self.address} refused a record: {error!r:.200}") from error
         except KafkaError as error:
+            self._topics.discard(topic)
             self._discard(producer)
             if has_left:
                 raise SendOutcomeUnknownError(
@@ -189,6 +196,7 @@ class KafkaTransport:
             self._subscriptions.discard,
             connect_seconds=self._config.connect_timeout_seconds,
             client_errors=KafkaError,
+            record_errors=(CorruptRecordException, RecordTooLargeError, UnsupportedCodecError),
         )
         self._subscriptions.add(subscription)
         return subscription
@@ -252,51 +260,48 @@ class KafkaTransport:
         async with self._connecting:
             if self._producer is None:
                 producer = await self._started(
-                    lambda: aiokafka.AIOKafkaProducer(
+                    lambda server: aiokafka.AIOKafkaProducer(
                         acks="all",
                         max_request_size=self._max_message_bytes + 16_384,
-                        **self._client_options(),
+                        **self._client_options(server),
                     ),
                     _producer_remains,
                 )
                 if self._closed:  # while it connected
                     await end_client(producer.stop, _producer_remains(producer))
                     self._check_usable()
-                self._embedded = producer.client.cluster.controller is None
                 self._producer = producer
             return self._producer
 
     async def _new_consumer(self) -> Any:
         return await self._started(
-            lambda: aiokafka.AIOKafkaConsumer(
-                auto_offset_reset="none", enable_auto_commit=False, **self._fetch_options()
+            lambda server: aiokafka.AIOKafkaConsumer(
+                auto_offset_reset="none", enable_auto_commit=False, **self._fetch_options(server)
             ),
             _consumer_remains,
         )
 
     async def _new_group_consumer(self, group_id: str) -> Any:
         # A request timeout at or below the group's rebalance delay re-joins for ever.
-        options = self._fetch_options() | {"request_timeout_ms": 40_000, "group_id": group_id}
+        options = {"request_timeout_ms": 40_000, "group_id": group_id, "enable_auto_commit": False}
         return await self._started(
-            lambda: aiokafka.AIOKafkaConsumer(enable_auto_commit=False, **options),
+            lambda server: aiokafka.AIOKafkaConsumer(**self._fetch_options(server) | options),
             _consumer_remains,
         )
 
-    def _fetch_options(self) -> dict[str, Any]:
+    def _fetch_options(self, server: str) -> dict[str, Any]:
         wait = EMBEDDED_FETCH_WAIT_SECONDS if self._embedded else FETCH_WAIT_SECONDS
-        return self._client_options() | {
+        return self._client_options(server) | {
             "fetch_max_wait_ms": int(wait * 1_000),
             "max_partition_fetch_bytes": 4 * self._max_message_bytes,
         }
 
-    def _client_options(self) -> dict[str, Any]:
+    def _client_options(self, server: str) -> dict[str, Any]:
         config = self._config
-        servers = config.bootstrap_servers.count(",") + 1
         options: dict[str, Any] = {
-            "bootstrap_servers": config.bootstrap_servers,
+            "bootstrap_servers": server,
             "client_id": "langgraph-peerctx",
-            # One after the other: a silent server costs a whole request's time.
-            "request_timeout_ms": int(config.connect_timeout_seconds * 1_000 / servers),
+            "request_timeout_ms": int(config.connect_timeout_seconds * 1_000),
             "security_protocol": config.security_protocol,
         }
         if config.security_protocol.endswith("SSL"):
@@ -310,83 +315,106 @@ class KafkaTransport:
             }
         return options
 
-    async def _started(self, make: Callable[[], Any], remains: Callable[[Any], Remains]) -> Any:
-        """Start a client within the connect deadline; a failed one is ended, or it would leak."""
-        client = make()
-        # A start that is cancelled leaks its connection: it ends by itself, in the background.
-        starting = asyncio.create_task(self._start(client), name="peerctx-start-client")
+    async def _started(
+        self,
+        make: Callable[[str], Any],
+        remains: Callable[[Any], Remains],
+        stop: str = "stop",
+    ) -> Any:
+        """Start a client within the connect deadline; a failed one is ended, or it would leak.
+
+        `make` is given a server that answers.
+        """
         deadline = time.monotonic() + self._config.connect_timeout_seconds
+        server = await self._answering_server()
+        client = make(server)
+        # A start that is cancelled leaks its connection: it ends by itself, in the background.
+        starting = asyncio.create_task(client.start(), name="peerctx-start-client")
         started = False
         try:
-            await asyncio.wait({starting}, timeout=self._config.connect_timeout_seconds + 0.5)
+            await asyncio.wait({starting}, timeout=max(0.1, deadline - time.monotonic()))
             if not starting.done():
-                raise TimeoutError  # noqa: TRY301 - one sentence for both ways of not answering
+                raise BrokerUnavailableError(f"no Kafka broker at {server}: {self._no_answer()}")
             starting.result()
             started = True
-        except (TimeoutError, KafkaError) as error:
-            if time.monotonic() > deadline - 0.1:
-                raise BrokerUnavailableError(
-                    f"{self.address} accepts and does not answer "
-                    f"(waited {self._config.connect_timeout_seconds:g} s)"
-                ) from None
-            raise await self._reason() from error
+        except KafkaError as error:
+            raise BrokerUnavailableError(f"no Kafka broker at {server}: {error!r:.200}") from error
         finally:
             if not started:
-                self._end_in_background(client.stop, remains(client), after=starting)
+                self._end_in_background(getattr(client, stop), remains(client), after=starting)
         return client
 
-    async def _start(self, client: Any) -> None:
-        await self._check_reachable()
-        await client.start()
+    async def _answering_server(self) -> str:
+        """Return the bootstrap server that answers first, spoken to as a client would.
 
-    async def _check_reachable(self) -> None:
-        """Fail at once, and once, where nobody listens: aiokafka logs an ERROR at each attempt."""
-        faults, servers = [], self.address.split(",")
-        for server in servers:
-            host, _, port = server.rpartition(":")
-            try:
-                # A server that swallows connections must leave time for the others.
-                share = self._config.connect_timeout_seconds / (len(servers) + 1)
-                async with asyncio.timeout(share):
-                    _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
-            except TimeoutError:
-                faults.append(f"{server}: no connection in time")
-            except OSError as error:
-                faults.append(f"{server}: {error.strerror or error}")
-            else:
-                writer.close()
-                await writer.wait_closed()
-                return
-        raise BrokerUnavailableError(f"no Kafka broker at {'; '.join(faults)}")
+        aiokafka tries one after the other, waits a whole request's time for one that is silent, and
+        logs an ERROR, without a reason in what it raises, for each that is not there.
 
-    async def _reason(self) -> PeerContextError:
-        """Say why nobody could be reached: aiokafka only logs it."""
-        options = self._client_options()
-        faults = []
-        for server in options.pop("bootstrap_servers").split(","):
-            host, _, port = server.rpartition(":")
-            try:
-                async with asyncio.timeout(self._config.connect_timeout_seconds / 2):
-                    connection = await create_conn(host.strip("[]"), int(port), **options)
-                connection.close()
-            except (
-                AuthenticationFailedError,
-                SaslAuthenticationFailed,
-                UnsupportedSaslMechanismError,
-                IllegalSaslStateError,
-            ) as error:
-                return ConfigurationError(
-                    f"{server} refused the credentials ({type(error).__name__}): see "
-                    "KAFKA_SASL_MECHANISM, KAFKA_SASL_USERNAME and KAFKA_SASL_PASSWORD"
-                )
-            except (KafkaError, OSError, TimeoutError) as error:
-                if "CERTIFICATE" in repr(error).upper() or "SSL" in repr(error).upper():
-                    return ConfigurationError(
-                        f"{server} failed the TLS handshake: {error}: see KAFKA_SSL_CA_FILE, "
-                        "KAFKA_SSL_CERT_FILE and KAFKA_SECURITY_PROTOCOL"
-                    )
-                faults.append(f"{server}: {error or type(error).__name__}")
-        return BrokerUnavailableError(f"no Kafka broker at {'; '.join(faults) or self.address}")
+        Raises:
+            BrokerUnavailableError: If none does within the connect deadline.
+            ConfigurationError: If none lets us in.
+        """
+        servers = self.address.split(",")
+        greetings = [asyncio.create_task(self._greet(server)) for server in servers]
+        refusal: ConfigurationError | None = None
+        faults = dict.fromkeys(servers, self._no_answer())
+        try:
+            for greeting in asyncio.as_completed(
+                greetings, timeout=self._config.connect_timeout_seconds
+            ):
+                try:
+                    server, self._embedded = await greeting
+                except _Unreached as error:
+                    faults[error.server] = error.fault
+                except ConfigurationError as error:
+                    refusal = error
+                else:
+                    return server
+        except TimeoutError:
+            pass
+        finally:
+            for task in greetings:
+                task.cancel()
+            await asyncio.wait(greetings)
+        if refusal is not None:
+            raise refusal
+        said = "; ".join(f"{server}: {fault}" for server, fault in faults.items())
+        raise BrokerUnavailableError(f"no Kafka broker at {said}")
+
+    def _no_answer(self) -> str:
+        return f"no answer within {self._config.connect_timeout_seconds:g} s"
+
+    async def _greet(self, server: str) -> tuple[str, bool]:
+        """Connect and log in; return the server, and whether it is the embedded broker."""
+        host, _, port = server.rpartition(":")
+        options = self._client_options(server)
+        del options["bootstrap_servers"]
+        try:
+            connection = await create_conn(host.strip("[]"), int(port), **options)
+        except (
+            AuthenticationFailedError,
+            SaslAuthenticationFailed,
+            UnsupportedSaslMechanismError,
+            IllegalSaslStateError,
+        ) as error:
+            raise ConfigurationError(
+                f"{server} refused the credentials ({type(error).__name__}): see "
+                "KAFKA_SASL_MECHANISM, KAFKA_SASL_USERNAME and KAFKA_SASL_PASSWORD"
+            ) from error
+        except TimeoutError:
+            raise _Unreached(server, self._no_answer()) from None
+        except (KafkaError, OSError) as error:
+            if "CERTIFICATE" in repr(error).upper() or "SSL" in repr(error).upper():
+                raise ConfigurationError(
+                    f"{server} failed the TLS handshake: {error}: see KAFKA_SSL_CA_FILE, "
+                    "KAFKA_SSL_CERT_FILE and KAFKA_SECURITY_PROTOCOL"
+                ) from error
+            said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise _Unreached(server, said) from error
+        # Every Apache Kafka can make topics; the embedded broker makes what is asked for.
+        embedded = _CREATE_TOPICS not in connection._versions
+        connection.close()
+        return server, embedded
 
     async def _check_topic(self, topic: str, producer: Any) -> None:
         """A send must never create a topic, so it must be known before aiokafka asks for it."""
@@ -394,8 +422,7 @@ class KafkaTransport:
             return
         asked_at = self._unknown_topics.get(topic, float("-inf"))
         if time.monotonic() - asked_at >= UNKNOWN_TOPIC_RECHECK_SECONDS:
-            known = await _all_topics(producer.client)
-            self._topics = set(known)
+            await self._list_topics(producer)
         if topic not in self._topics:
             self._unknown_topics = {topic: time.monotonic()} | dict(
                 list(self._unknown_topics.items())[:255]
@@ -403,6 +430,18 @@ class KafkaTransport:
             raise UnknownTopicError(
                 f"there is no topic {topic}: make it with `peerctx topics --create`"
             )
+
+    async def _list_topics(self, producer: Any) -> None:
+        """Look what topics there are: one look at a time, shared by all who began to wait before.
+
+        Whoever makes ids up must not have us list a large cluster's topics for each of them.
+        """
+        wanted_at = time.monotonic()
+        async with self._listing:
+            if self._listed_at < wanted_at:
+                at = time.monotonic()
+                self._topics = set(await _all_topics(producer.client))
+                self._listed_at = at
 
     async def _create(self, topics: list[TopicSpec], *, copies: int) -> None:
         async with self._admin() as admin:
@@ -433,12 +472,15 @@ class KafkaTransport:
 
     @asynccontextmanager
     async def _admin(self) -> AsyncIterator[Any]:
-        admin = AIOKafkaAdminClient(**self._client_options())
+        admin = await self._started(
+            lambda server: AIOKafkaAdminClient(**self._client_options(server)),
+            _admin_remains,
+            stop="close",
+        )
         try:
-            await admin.start()
             yield admin
         finally:
-            self._end_in_background(admin.close, _client_remains(admin._client))
+            self._end_in_background(admin.close, _admin_remains(admin))
 
     def _discard(self, producer: Any) -> None:
         """Give a producer up: what it still holds may be delivered, or not."""
@@ -456,6 +498,15 @@ class KafkaTransport:
         task = asyncio.create_task(end_client(stop, remains, after), name="peerctx-end-client")
         self._endings.add(task)
         task.add_done_callback(self._endings.discard)
+
+
+class _Unreached(Exception):  # noqa: N818 - no error of anybody's, but one server of several
+    """A bootstrap server with which there is no talking."""
+
+    def __init__(self, server: str, fault: str) -> None:
+        super().__init__(server, fault)
+        self.server = server
+        self.fault = fault
 
 
 class _AssigningReader:
@@ -498,6 +549,26 @@ class _AssigningReader:
         return tuple(consumer.last_poll_timestamp(p) for p in consumer.assignment())
 
 
+class _Joined(aiokafka.ConsumerRebalanceListener):  # type: ignore[misc]  # it has no types
+    """Tells when a group has taken us in; a member may be given no partition."""
+
+    def __init__(self, offsets: dict[tuple[str, int], int]) -> None:
+        self._offsets = offsets
+        self._event = asyncio.Event()
+
+    async def wait(self) -> None:
+        await self._event.wait()
+
+    def on_partitions_revoked(self, revoked: Collection[Any]) -> None:
+        """Somebody else goes on from here: what we know of the place is worth nothing."""
+        for partition in revoked:
+            self._offsets.pop((partition.topic, partition.partition), None)
+
+    def on_partitions_assigned(self, assigned: Collection[Any]) -> None:
+        del assigned
+        self._event.set()
+
+
 class _GroupReader:
     """A consumer group, for users who want one: at least once, committed after handing over."""
 
@@ -511,9 +582,9 @@ class _GroupReader:
     async def position(self, consumer: Any) -> None:
         """Join; the first poll brings the assignment."""
         await _partition_counts(consumer, self._topics)
-        consumer.subscribe(self._topics)
-        while not consumer.assignment():  # noqa: ASYNC110 - the client has no event for it
-            await asyncio.sleep(POLL_SECONDS)
+        joined = _Joined(self.offsets)
+        consumer.subscribe(self._topics, listener=joined)
+        await joined.wait()
         for partition in consumer.assignment():
             await consumer.position(partition)
 
@@ -565,8 +636,8 @@ def _producer_remains(producer: Any) -> Remains:
     return remains
 
 
-def _client_remains(client: Any) -> Remains:
-    return lambda: (_nothing, [], client)
+def _admin_remains(admin: Any) -> Remains:
+    return lambda: (_nothing, [], admin._client)
 
 
 def _nothing() -> None:

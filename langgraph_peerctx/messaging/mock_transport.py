@@ -158,6 +158,7 @@ class AutoTransport:
         self._mock: MockTransport | None = None
         self._mocked = asyncio.Event()
         self._probing: asyncio.Task[None] | None = None
+        self._closed = False
         self._owed: dict[str, TopicSpec] = {}
 
     @property
@@ -176,7 +177,7 @@ class AutoTransport:
         self, topic: str, value: bytes, *, key: bytes | None = None, headers: Headers = ()
     ) -> Delivery:
         """Send, or log; see `Transport.send`. A broker that vanishes starts mock mode."""
-        if self._mock is None:
+        if self._mock is None or self._closed:
             try:
                 return await self._kafka.send(topic, value, key=key, headers=headers)
             except (RecordRefusedError, SendOutcomeUnknownError):
@@ -209,6 +210,7 @@ class AutoTransport:
 
     async def close(self) -> None:
         """See `Transport.close`."""
+        self._closed = True
         if self._probing is not None:
             self._probing.cancel()
             await asyncio.wait({self._probing})
@@ -223,6 +225,8 @@ class AutoTransport:
         return self._mock or self._kafka
 
     async def _enter_mock_mode(self, error: BrokerUnavailableError) -> None:
+        if self._closed:
+            raise error
         if self._mock is not None:
             return
         self._mock = MockTransport(f"Kafka at {self._address} is unavailable: {error}")

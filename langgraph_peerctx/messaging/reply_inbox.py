@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from langgraph_peerctx.errors import ConfigurationError, ProtocolError
 from langgraph_peerctx.messaging.transport import From, Offsets, Record, Subscription, Transport
 from langgraph_peerctx.protocol.codec import decode
-from langgraph_peerctx.protocol.messages import ContextResponse
+from langgraph_peerctx.protocol.messages import ContextRequest, ContextResponse
 
 _logger = logging.getLogger(__name__)
 
@@ -29,7 +29,9 @@ class Slot:
     """What one waiting gather has got so far.
 
     Attributes:
-        responses: Responder id -> its first answer.
+        request: The question.
+        responses: Responder id and incarnation -> its first answer.
+        responders: Who has answered.
         size_bytes: Bytes of the answers that were taken.
         duplicate: Answers of a responder that had answered.
         contradicted: Responders whose second answer was another one.
@@ -37,11 +39,12 @@ class Slot:
         rejected: Records under this correlation id that are no valid answer, by fault.
     """
 
-    correlation_id: str
+    request: ContextRequest
     max_responders: int
     max_total_bytes: int
     on_response: Callable[[ContextResponse], None]
-    responses: dict[str, ContextResponse] = field(default_factory=dict)
+    responses: dict[tuple[str, str], ContextResponse] = field(default_factory=dict)
+    responders: set[str] = field(default_factory=set)
     size_bytes: int = 0
     duplicate: int = 0
     contradicted: set[str] = field(default_factory=set)
@@ -108,25 +111,26 @@ class ReplyInbox:
     @contextmanager
     def expect(
         self,
-        correlation_id: str,
+        request: ContextRequest,
         on_response: Callable[[ContextResponse], None],
         *,
         max_responders: int = 256,
         max_total_bytes: int = 8_388_608,
     ) -> Iterator[Slot]:
-        """Take answers under this correlation id for as long as the block lasts.
+        """Take answers to a question for as long as the block lasts.
 
         `on_response` is called with each responder's first answer, on the loop.
 
         Raises:
-            ConfigurationError: If somebody waits for this id already.
+            ConfigurationError: If somebody waits for answers under its correlation id already.
         """
+        correlation_id = request.correlation_id
         if correlation_id in self._slots:
             raise ConfigurationError(
                 f"answers to {correlation_id!r:.80} are waited for already: take a fresh id"
             )
         slot = Slot(
-            correlation_id=correlation_id,
+            request=request,
             max_responders=max_responders,
             max_total_bytes=max_total_bytes,
             on_response=on_response,
@@ -179,21 +183,24 @@ class ReplyInbox:
 
     def _read_into(self, slot: Slot, record: Record) -> None:
         sender, size = record.header("sender"), len(record.value or b"")
-        if sender not in slot.responses and not self._has_room(slot, size):
+        if sender not in slot.responders and not self._has_room(slot, size):
             slot.dropped += 1
             return
-        # A responder that floods costs one parse: what it repeats is compared by its bytes' size.
-        if sender in slot.responses and slot.duplicate >= slot.max_responders:
+        # A responder that floods costs so many parses and no more.
+        if sender in slot.responders and slot.duplicate >= slot.max_responders:
             slot.duplicate += 1
             return
         response = self._decode(record, slot.rejected)
-        if response is not None and response.correlation_id == slot.correlation_id:
+        if response is not None:
             self._accept(slot, response, size)
-        elif response is not None:
-            slot.rejected["correlation"] += 1
 
     def _accept(self, slot: Slot, response: ContextResponse, size: int) -> None:
-        known = slot.responses.get(response.responder_id)
+        if fault := _misfit(slot.request, response):
+            slot.rejected[fault] += 1
+            return
+        # Two processes of one name, or one before and after a restart, are two that answer.
+        responder = response.responder_id, response.incarnation or ""
+        known = slot.responses.get(responder)
         if known is not None:
             slot.duplicate += 1
             if known.agents != response.agents or known.in_doubt != response.in_doubt:
@@ -202,7 +209,8 @@ class ReplyInbox:
         if not self._has_room(slot, size):
             slot.dropped += 1
             return
-        slot.responses[response.responder_id] = response
+        slot.responses[responder] = response
+        slot.responders.add(response.responder_id)
         slot.size_bytes += size
         slot.on_response(response)
 
@@ -223,3 +231,11 @@ class ReplyInbox:
             return message
         rejected["message_type"] += 1
         return None
+
+
+def _misfit(request: ContextRequest, response: ContextResponse) -> str | None:
+    """Say in what an answer does not fit the question; None if it does."""
+    if response.correlation_id != request.correlation_id:
+        return "correlation"
+    about = response.failed_agent_id, response.thread_id
+    return "question" if about != (request.failed_agent_id, request.thread_id) else None

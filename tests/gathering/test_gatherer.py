@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from fakes import FakeBroker, FakeTransport
+from fakes import FakeBroker, FakeSubscription, FakeTransport
 from gathering.fake_peers import REPLIES, REQUESTS, SETTINGS, answer_to, peers, reply
 
 from langgraph_peerctx.config import PeerContextSettings
@@ -229,7 +229,88 @@ async def test_a_second_answer_of_one_process_is_counted_and_the_first_is_kept(
         context = await gather(runtime)
     assert context.coverage.duplicate == 2
     assert len(context.facts) == 1
-    assert "contradicted themselves: a" in context.degraded
+    assert "told in two ways: a" in context.degraded
+
+
+async def test_two_lives_of_one_process_are_two_that_answer(
+    broker: FakeBroker, runtime: PeerContextRuntime
+) -> None:
+    def respond(request: ContextRequest) -> None:
+        for life in ("before", "after"):
+            told = answer_to(request, "a").agents[0].interactions[0]
+            own = told.model_copy(update={"interaction_id": life})
+            answer = AgentAnswer(agent_id="a", status="context", interactions=(own,))
+            reply(broker, answer_to(request, "a", incarnation=life, agents=(answer,)))
+
+    async with peers(broker, respond):
+        context = await gather(runtime)
+        with pytest.raises(TooFewResponsesError):
+            await gather(runtime, min_responses=2)
+    assert {fact.interaction.interaction_id for fact in context.facts} == {"before", "after"}
+    assert context.coverage.duplicate == 0
+    assert context.coverage.answered == ("a",)
+    assert context.degraded == ()
+
+
+async def test_an_agent_that_two_processes_remember_differently_is_not_complete(
+    broker: FakeBroker, runtime: PeerContextRuntime
+) -> None:
+    def respond(request: ContextRequest) -> None:
+        for process in ("one", "two"):
+            answer = AgentAnswer(agent_id="a", status="context", memory_state={"from": process})
+            reply(broker, answer_to(request, process, agents=(answer,)))
+
+    async with peers(broker, respond):
+        context = await gather(runtime, expect=["one", "two"], timeout_seconds=5)
+    assert context.memory == {"a": {"from": "one"}}
+    assert context.coverage.contradicted == ("a",)
+    assert not context.coverage.complete
+    assert context.degraded == ("told in two ways: a",)
+
+
+@pytest.mark.parametrize("other", [{"failed_agent_id": "x"}, {"thread_id": "x"}])
+async def test_an_answer_to_another_question_is_refused(
+    broker: FakeBroker, runtime: PeerContextRuntime, other: dict[str, str]
+) -> None:
+    async with peers(broker, lambda request: reply(broker, answer_to(request, "a", **other))):
+        context = await gather(runtime)
+    assert context.facts == ()
+    assert "1 answers could not be read (question)" in context.degraded
+
+
+async def test_nothing_is_asked_before_the_answers_can_be_read(
+    broker: FakeBroker, runtime: PeerContextRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = asyncio.Event()
+
+    async def positioned(_self: Any) -> None:
+        await ready.wait()
+
+    monkeypatch.setattr(FakeSubscription, "positioned", positioned)
+    async with peers(broker, lambda request: reply(broker, answer_to(request, "a"))):
+        gathering = asyncio.create_task(gather(runtime, expect=["a"], timeout_seconds=5))
+        await asyncio.sleep(0.02)
+        assert broker.topics[REQUESTS] == []
+        ready.set()
+        assert (await gathering).coverage.complete
+        ready.clear()
+        context = await gather(runtime, expect=["a"], timeout_seconds=0.05)
+    assert len(broker.topics[REQUESTS]) == 1
+    assert "the broker did not confirm the request in time" in context.degraded
+
+
+async def test_what_is_being_gathered_ends_with_its_runtime_and_says_so(
+    broker: FakeBroker, runtime: PeerContextRuntime
+) -> None:
+    async with peers(broker, lambda request: reply(broker, answer_to(request, "a"))):
+        gathering = asyncio.create_task(gather(runtime, timeout_seconds=60))
+        await asyncio.sleep(0.02)
+        started = time.monotonic()
+        await runtime.close()
+        context = await gathering
+    assert time.monotonic() - started < 1
+    assert len(context.facts) == 1
+    assert "the runtime was closed while answers were awaited" in context.degraded
 
 
 async def test_a_flood_of_one_process_costs_neither_memory_nor_the_others_answer(

@@ -216,3 +216,39 @@ def test_one_id_told_differently_by_two_agents_is_a_conflict_and_the_first_is_ke
         "a": {"n": 1},
         "b": {"n": 2},
     }
+
+
+def test_what_two_processes_tell_differently_of_one_agent_is_a_conflict() -> None:
+    told = [
+        response("a", interaction("x", "a", payload={"n": n})).model_copy(
+            update={"responder_id": process, "incarnation": life}
+        )
+        for n, (process, life) in enumerate([("one", "1"), ("two", "1"), ("two", "2")])
+    ]
+    result = merged(*told)
+    assert result == merged(*reversed(told))
+    (fact,) = result.facts
+    assert (fact.told_by, fact.interaction.payload) == (("a",), {"n": 0})
+    (conflict,) = result.conflicts
+    assert {name: v.payload for name, v in conflict.versions.items()} == {
+        "a on one": {"n": 0},
+        "a on two": {"n": 1},
+        "a on two, 2": {"n": 2},
+    }
+
+
+def test_an_effect_that_two_processes_saw_has_one_reply_whatever_order_they_came_in() -> None:
+    told = [
+        response("a").model_copy(
+            update={
+                "responder_id": process,
+                "in_doubt": (
+                    InDoubtAnswer(
+                        effect_key="k", agent_id="a", verdict="seen", reply={"by": process}
+                    ),
+                ),
+            }
+        )
+        for process in ("one", "two")
+    ]
+    assert merged(*told).in_doubt == merged(*reversed(told)).in_doubt

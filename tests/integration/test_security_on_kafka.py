@@ -124,4 +124,4 @@ def test_a_certificate_that_is_none_is_said(folder: Path) -> None:
     with pytest.raises(ConfigurationError, match="KAFKA_SSL_CA_FILE"):
         KafkaTransport(
             KafkaConfig(security_protocol="SSL", ssl_ca_file=str(folder / "junk.pem"))
-        )._client_options()
+        )._client_options("localhost:9093")

@@ -512,6 +512,53 @@ def test_an_answer_is_cut_to_the_newest_that_fit_and_in_doubt_stays(max_bytes: i
     assert len(told) > 0
 
 
+async def test_agents_that_are_hosted_together_all_answer_what_was_asked_before(
+    broker: FakeBroker, responder: ContextResponder, store: EventStore
+) -> None:
+    ask(broker)
+    await responder.host(*(ContextRequestHandler(name, store=store) for name in "abc"))
+    (answer,) = await answers(broker)
+    assert [a.agent_id for a in answer.agents] == ["a", "b", "c"]
+
+
+async def test_of_two_handlers_for_one_agent_the_later_answers_until_it_goes(
+    broker: FakeBroker, responder: ContextResponder, store: EventStore
+) -> None:
+    first = ContextRequestHandler("a", store=store)
+    later = ContextRequestHandler("a", store=store, may_answer=lambda _request: False)
+    await responder.host(first)
+    await responder.host(later)
+    ask(broker, message_id="m1")
+    await answers(broker)
+    await responder.unhost(later)
+    await responder.unhost(later)
+    ask(broker, message_id="m2")
+    told = await answers(broker, 2)
+    assert [answer.agents[0].status for answer in told] == ["declined", "nothing"]
+    await responder.unhost(first)
+    assert not responder.is_running
+
+
+async def test_a_start_that_fails_leaves_nobody_hosted(
+    broker: FakeBroker, store: EventStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: Any, **__: Any) -> None:
+        raise BrokerUnavailableError("gone")
+
+    responder = ContextResponder(SETTINGS, transport=FakeTransport(broker))
+    handler = ContextRequestHandler("a", store=store)
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeTransport, "subscribe", fail)
+        with pytest.raises(BrokerUnavailableError):
+            await responder.host(handler)
+    assert responder.agents == ()
+    assert not responder.is_running
+    await responder.host(handler)
+    ask(broker)
+    await answers(broker)
+    await responder.stop()
+
+
 async def test_services_of_one_process_share_its_responder(tmp_path: Path) -> None:
     settings = PeerContextSettings(
         mock_mode="always", database_url=f"sqlite:///{tmp_path}/events.db"
@@ -592,6 +639,22 @@ async def test_agents_that_are_registered_at_once_share_one_responder(tmp_path: 
     assert services[0].responder is not None
     assert services[0].responder.agents == ("a", "b", "c")
     await manager.stop_all()
+
+
+def test_a_loop_that_has_ended_leaves_no_service_behind(tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"database_url": f"sqlite:///{tmp_path}/new.db"})
+    manager = AgentContextServiceManager(settings)
+
+    async def register() -> AgentContextService:
+        service = await manager.register_agent("a")
+        assert manager.get_service("a") is service
+        return service
+
+    first = asyncio.run(register())
+    assert manager.get_service("a") is None
+    second = asyncio.run(register())
+    assert second is not first
+    asyncio.run(manager.stop_all())
 
 
 async def test_opening_a_store_blocks_no_loop(

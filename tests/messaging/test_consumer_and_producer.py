@@ -4,10 +4,11 @@ import asyncio
 from typing import Any
 
 import pytest
-from fakes import FakeBroker, FakeTransport
+from fakes import FakeBroker, FakeSubscription, FakeTransport
 
 from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.errors import ConfigurationError, ProtocolError
+from langgraph_peerctx.messaging import consumer as consumer_module
 from langgraph_peerctx.messaging.consumer import KafkaMessageConsumer
 from langgraph_peerctx.messaging.mock_transport import MockTransport
 from langgraph_peerctx.messaging.producer import KafkaMessageProducer
@@ -107,6 +108,100 @@ async def test_a_sync_handler_serves_too(transport: FakeTransport) -> None:
         await producer.publish_context_request(**ASK)
         async with asyncio.timeout(5):
             await got.wait()
+
+
+async def test_what_is_handled_is_not_kept_for_collecting_and_the_rest_is(
+    transport: FakeTransport,
+) -> None:
+    handled: list[int] = []
+    async with (
+        KafkaMessageConsumer([REQUESTS, REPLIES], transport=transport) as consumer,
+        KafkaMessageProducer(transport=transport) as producer,
+    ):
+        consumer.register_handler("REQUEST_CONTEXT", lambda m: handled.append(m["attempt"]))
+        await producer.publish_context_request(**ASK, attempt=1)  # before: it waits
+        consumer.start_consuming()
+        await producer.publish_context_request(**ASK, attempt=2)
+        await producer.publish_context_response(
+            response_topic=REPLIES,
+            responder_id="marketing",
+            failed_agent_id="product",
+            thread_id="t",
+        )
+        kept = await consumer.collect_messages(timeout=0.1)
+    assert handled == [1, 2]
+    assert [m["message_type"] for m in kept] == ["PROVIDE_CONTEXT"]
+
+
+@pytest.mark.parametrize(("limit", "value"), [("MESSAGES", 3), ("BYTES", 1_500)])
+async def test_what_nobody_takes_is_bounded_and_what_went_is_counted(
+    transport: FakeTransport, monkeypatch: pytest.MonkeyPatch, limit: str, value: int
+) -> None:
+    monkeypatch.setattr(consumer_module, f"BUFFERED_{limit}", value)
+    async with (
+        KafkaMessageConsumer([REQUESTS], transport=transport) as consumer,
+        KafkaMessageProducer(transport=transport) as producer,
+    ):
+        for number in range(10):
+            await producer.publish_context_request(**ASK, attempt=number + 1)
+        kept = await consumer.collect_messages(timeout=0.1)
+    assert len(kept) + consumer.dropped == 10
+    assert [m["attempt"] for m in kept] == list(range(11 - len(kept), 11))
+    assert 1 <= len(kept) <= 3
+
+
+async def test_a_cancelled_collecting_loses_nothing(transport: FakeTransport) -> None:
+    async with (
+        KafkaMessageConsumer([REQUESTS], transport=transport) as consumer,
+        KafkaMessageProducer(transport=transport) as producer,
+    ):
+        collecting = asyncio.create_task(consumer.collect_messages(timeout=60, max_messages=4))
+        for number in range(3):
+            await producer.publish_context_request(**ASK, attempt=number + 1)
+        await asyncio.sleep(0.02)
+        collecting.cancel()
+        await asyncio.wait({collecting})
+        again = await consumer.collect_messages(timeout=0.02)
+    assert [m["attempt"] for m in again] == [1, 2, 3]
+
+
+async def test_a_handler_may_stop_its_consumer(transport: FakeTransport) -> None:
+    consumer = KafkaMessageConsumer([REQUESTS], transport=transport)
+    ends: list[str] = []
+
+    async def stop(_message: Any) -> None:
+        await consumer.stop()
+        ends.append("handled to its end")
+
+    await consumer.start()
+    consumer.register_handler("REQUEST_CONTEXT", stop)
+    task = consumer.start_consuming()
+    async with KafkaMessageProducer(transport=transport) as producer:
+        await producer.publish_context_request(**ASK)
+        async with asyncio.timeout(5):
+            await task
+    assert ends == ["handled to its end"]
+    with pytest.raises(ConfigurationError, match="not started"):
+        consumer.start_consuming()
+
+
+async def test_a_start_that_is_cancelled_can_be_tried_again(
+    transport: FakeTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def never(_self: Any) -> None:
+        await asyncio.Event().wait()
+
+    consumer = KafkaMessageConsumer([REQUESTS], transport=transport)
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeSubscription, "positioned", never)
+        starting = asyncio.create_task(consumer.start())
+        await asyncio.sleep(0.02)
+        starting.cancel()
+        await asyncio.wait({starting})
+    assert transport.broker.readers == []
+    async with consumer, KafkaMessageProducer(transport=transport) as producer:
+        await producer.publish_context_request(**ASK)
+        assert len(await consumer.collect_messages(timeout=5, max_messages=1)) == 1
 
 
 async def test_poison_is_counted_by_its_fault_and_skipped(

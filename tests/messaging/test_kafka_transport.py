@@ -6,9 +6,12 @@ import socket
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
+import aiokafka
 import pytest
+from aiokafka.record._crecords import default_records
 from services.kafka import KafkaServer, free_ports
 from services.proxy import Proxy
 
@@ -19,6 +22,7 @@ from langgraph_peerctx.errors import (
     SendOutcomeUnknownError,
     UnknownTopicError,
 )
+from langgraph_peerctx.messaging import kafka_transport
 from langgraph_peerctx.messaging.kafka_transport import KafkaTransport
 from langgraph_peerctx.messaging.transport import From, Record, Subscription, TopicSpec
 
@@ -62,6 +66,22 @@ async def fresh_topic(transport: KafkaTransport) -> str:
     name = f"test.{uuid4().hex}"
     await transport.ensure_topics([TopicSpec(name=name)])
     return name
+
+
+async def send_compressed(
+    kafka: KafkaServer, topic: str, codec: str, values: list[bytes], partition: int = 0
+) -> None:
+    """Send records as a producer that is not ours would: compressed, in one batch."""
+    producer = aiokafka.AIOKafkaProducer(
+        bootstrap_servers=kafka.bootstrap_servers, compression_type=codec, linger_ms=50
+    )
+    await producer.start()
+    try:
+        await asyncio.gather(
+            *[await producer.send(topic, value, partition=partition) for value in values]
+        )
+    finally:
+        await producer.stop()
 
 
 async def until_lost(subscription: Subscription, *, lost: bool, seconds: float = 15) -> None:
@@ -118,11 +138,13 @@ async def test_a_reading_may_start_before_the_end_or_at_an_offset(kafka: KafkaSe
         for number in range(5):
             await transport.send(topic, b"%d" % number)
         back, at, beyond, long_gone = (Arrivals() for _ in range(4))
-        await transport.subscribe([topic], back, start=From(back=2))
-        await transport.subscribe([topic], at, start=From(offsets={(topic, 0): 1}))
-        far = await transport.subscribe([topic], beyond, start=From(offsets={(topic, 0): 999}))
-        await transport.subscribe([topic], long_gone, start=From(back=1_000))
-        await far.positioned()
+        readings = [
+            await transport.subscribe([topic], back, start=From(back=2)),
+            await transport.subscribe([topic], at, start=From(offsets={(topic, 0): 1})),
+            await transport.subscribe([topic], beyond, start=From(offsets={(topic, 0): 999})),
+            await transport.subscribe([topic], long_gone, start=From(back=1_000)),
+        ]
+        await asyncio.gather(*(reading.positioned() for reading in readings))
         await transport.send(topic, b"5")
         await asyncio.gather(
             back.wait_for(3), at.wait_for(5), beyond.wait_for(6), long_gone.wait_for(6)
@@ -246,7 +268,7 @@ async def test_somebody_who_accepts_and_never_answers_costs_no_more_than_the_dea
             KafkaConfig(bootstrap_servers=servers, connect_timeout_seconds=1.0)
         )
         started = time.monotonic()
-        with pytest.raises(BrokerUnavailableError, match="accepts and does not answer"):
+        with pytest.raises(BrokerUnavailableError, match="no answer within 1 s"):
             await transport.start()
         assert time.monotonic() - started < 2
         await transport.close()
@@ -257,6 +279,103 @@ async def test_two_dead_addresses_of_three_do_not_matter(kafka: KafkaServer) -> 
     dead = ",".join(f"127.0.0.1:{port}" for port in free_ports(2))
     async with transport_on(f"{dead},{kafka.bootstrap_servers}") as transport:
         await fresh_topic(transport)
+
+
+async def test_servers_that_accept_and_never_answer_cost_the_one_that_does_no_time(
+    kafka: KafkaServer,
+) -> None:
+    with contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
+        servers = ",".join(f"127.0.0.1:{s.getsockname()[1]}" for s in silent)
+        started = time.monotonic()
+        async with transport_on(f"{servers},{kafka.bootstrap_servers}") as transport:
+            await fresh_topic(transport)
+            assert time.monotonic() - started < 2
+
+
+async def test_all_of_the_send_deadline_is_the_records_however_many_servers_are_named(
+    steady: KafkaServer,
+) -> None:
+    servers = ",".join([steady.bootstrap_servers] * 4)
+    async with transport_on(servers, connect_timeout_seconds=2.0) as transport:
+        topic = await fresh_topic(transport)
+        await transport.send(topic, b"1")
+        steady.pause()
+        sending = asyncio.create_task(transport.send(topic, b"2"))
+        await asyncio.sleep(1.2)  # more than a fourth of the deadline
+        steady.resume()
+        assert await sending == "acknowledged"
+
+
+@pytest.mark.parametrize("codec", ["gzip", "lz4", "snappy", "zstd"])
+async def test_records_that_others_have_compressed_are_read(kafka: KafkaServer, codec: str) -> None:
+    async with transport_on(kafka.bootstrap_servers) as transport:
+        topic, arrivals = await fresh_topic(transport), Arrivals()
+        await (await transport.subscribe([topic], arrivals)).positioned()
+        await send_compressed(kafka, topic, codec, [b"1" * 500, b"2" * 500])
+        await arrivals.wait_for(2)
+    assert arrivals.values == [b"1" * 500, b"2" * 500]
+
+
+@pytest.mark.parametrize("group_id", [None, "readers"])
+async def test_a_record_that_nobody_can_unpack_is_left_and_those_behind_it_are_read(
+    kafka: KafkaServer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    group_id: str | None,
+) -> None:
+    def unpack(_packed: bytes) -> bytes:
+        raise ValueError("not lz4")
+
+    monkeypatch.setattr(default_records, "lz4_decode", unpack)
+    async with transport_on(kafka.bootstrap_servers) as transport:
+        topic, arrivals = f"test.{uuid4().hex}", Arrivals()
+        await transport.ensure_topics([TopicSpec(name=topic, partitions=2)])
+        group = f"{group_id}.{topic}" if group_id else None
+        await (await transport.subscribe([topic], arrivals, group_id=group)).positioned()
+        await transport.send(topic, b"before")
+        for partition in (0, 1):
+            await send_compressed(kafka, topic, "lz4", [b"1" * 500, b"2" * 500], partition)
+        await transport.send(topic, b"behind")
+        await arrivals.wait_for(6, seconds=20)
+    assert sorted(map(str, arrivals.values)) == [*["None"] * 4, "b'before'", "b'behind'"]
+    assert caplog.text.count("cannot be read, and is left: ValueError('not lz4')") == 4
+
+
+async def test_made_up_topics_cost_one_look_at_a_time(
+    kafka: KafkaServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = 0
+    look = kafka_transport._all_topics
+
+    async def slow_look(client: Any) -> dict[str, int]:
+        nonlocal looks
+        looks += 1
+        await asyncio.sleep(0.1)
+        return await look(client)
+
+    async with transport_on(kafka.bootstrap_servers) as transport:
+        monkeypatch.setattr(kafka_transport, "_all_topics", slow_look)
+        sends = [transport.send(f"made-up-{number}", b"x") for number in range(50)]
+        outcomes = await asyncio.gather(*sends, return_exceptions=True)
+    assert {type(outcome) for outcome in outcomes} == {UnknownTopicError}
+    assert looks <= 2
+
+
+async def test_a_group_member_without_a_partition_is_ready_all_the_same(
+    kafka: KafkaServer,
+) -> None:
+    async with transport_on(kafka.bootstrap_servers) as transport:
+        topic, arrivals = await fresh_topic(transport), Arrivals()
+        both = [
+            await transport.subscribe([topic], arrivals, group_id=f"group.{topic}")
+            for _ in range(2)
+        ]
+        async with asyncio.timeout(20):
+            await asyncio.gather(*(subscription.positioned() for subscription in both))
+        assert [subscription.lost for subscription in both] == [None, None]
+        await transport.send(topic, b"x")
+        await arrivals.wait_for(1)
 
 
 async def test_started_and_cancelled_at_any_moment_it_leaves_nothing(kafka: KafkaServer) -> None:

@@ -125,6 +125,20 @@ async def test_a_broker_that_vanishes_starts_mock_mode() -> None:
     await transport.close()
 
 
+@pytest.mark.parametrize("in_mock_mode", [False, True])
+async def test_closed_it_looks_for_no_broker_any_more(*, in_mock_mode: bool) -> None:
+    kafka = FakeTransport(FakeBroker(topics={"t": []}))
+    transport = AutoTransport(kafka, "h:1", pause=Pause())
+    kafka.send_fault = BrokerUnavailableError("this transport is closed")
+    if in_mock_mode:
+        assert await transport.send("t", b"x") == "mock"
+    before = asyncio.all_tasks()
+    await transport.close()
+    with pytest.raises(BrokerUnavailableError, match="closed"):
+        await transport.send("t", b"x")
+    assert asyncio.all_tasks() <= before
+
+
 async def test_a_missing_topic_is_no_absent_broker() -> None:
     transport = AutoTransport(FakeTransport(FakeBroker()), "h:1")
     await transport.start()
