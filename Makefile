@@ -9,11 +9,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 SOURCES := langgraph_peerctx graphs tests
 
 .DEFAULT_GOAL := help
-.PHONY: help demo studio test lint types format bench clean
+.PHONY: help demo studio notebooks test lint types format bench clean
 
 help:
 	@echo "make demo    three agents, one kill -9, one recovery (about 20 s, no Java)"
 	@echo "make studio  the graphs in LangGraph Studio's server, offline, on port 2024"
+	@echo "make notebooks  the notebooks, run, as web pages in build/notebooks (the last needs Java)"
 	@echo "make test    lint, types, layers, and all tests on a real Kafka and PostgreSQL"
 	@echo "make bench   figures, each beside its yardstick"
 	@echo "make format  format the code;  make clean  remove what was made here"
@@ -25,11 +26,12 @@ studio: $(VENV)/studio
 	LANGGRAPH_CLI_NO_ANALYTICS=1 LANGGRAPH_NO_VERSION_CHECK=true LANGSMITH_TRACING=false \
 	$(BIN)/langgraph dev --no-browser
 
+notebooks: $(VENV)/notebooks
+	$(BIN)/jupyter nbconvert --execute --to html --output-dir build/notebooks notebooks/*.ipynb
+
+# Tests wait more than they compute: three at a time, a file in one go.
 test: lint types
-	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest
-	$(BIN)/coverage combine --quiet
-	$(BIN)/coverage report
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --cov --cov-report term:skip-covered
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check
@@ -46,10 +48,11 @@ format: $(VENV)/dev
 
 bench: $(VENV)/dev
 	$(BIN)/python tests/benchmarks/gather.py
+	$(BIN)/python tests/benchmarks/langgraph_face.py
 	$(BIN)/python tests/benchmarks/event_store.py
 
 clean:
-	rm -rf $(VENV) .cache bench-results .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis .langgraph_api .studio
+	rm -rf $(VENV) .cache bench-results build .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis .langgraph_api .studio
 
 # One environment; what each target needs is installed when it is first asked for, and again when
 # the project's metadata changes.
@@ -65,6 +68,10 @@ $(VENV)/studio: $(VENV)/python pyproject.toml constraints.txt
 	$(PIP) --editable '.[studio]'
 	touch $@
 
+$(VENV)/notebooks: $(VENV)/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[notebooks]'
+	touch $@
+
 $(VENV)/dev: $(VENV)/python pyproject.toml constraints.txt
 	$(PIP) --editable '.[dev]'
-	touch $@ $(VENV)/demo $(VENV)/studio
+	touch $@ $(VENV)/demo $(VENV)/notebooks $(VENV)/studio

@@ -1,6 +1,7 @@
 """A killed LangGraph agent's workflow, recovered with what its peers remember."""
 
 from langgraph_peerctx.config import KafkaConfig, PeerContextSettings
+from langgraph_peerctx.drawing import Drawing, draw_incident, draw_recovery, draw_states
 from langgraph_peerctx.errors import (
     BrokerUnavailableError,
     ConfigurationError,
@@ -56,6 +57,7 @@ __all__ = [
     "Conflict",
     "ContextRequestHandler",
     "Coverage",
+    "Drawing",
     "EmbeddedBroker",
     "EventStore",
     "Fact",
@@ -89,6 +91,9 @@ __all__ = [
     "create_ask_peers_tool",
     "create_peer_context_subgraph",
     "create_recovery_graph",
+    "draw_incident",
+    "draw_recovery",
+    "draw_states",
     "get_event_store",
     "get_service_manager",
     "merge_peer_context",

@@ -8,6 +8,7 @@ from typing import Final
 from pydantic import JsonValue, TypeAdapter
 from pydantic_core import to_json
 
+from langgraph_peerctx.drawing import coverage_html, peer_context_html
 from langgraph_peerctx.protocol.messages import InDoubtAnswer, Interaction, Json
 
 
@@ -104,6 +105,9 @@ class Coverage:
         }
         return {**names, **counts, "roster_known": self.roster_known, "complete": self.complete}
 
+    def _repr_html_(self) -> str:
+        return coverage_html(self.as_json())
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerContext:
@@ -172,6 +176,15 @@ class PeerContext:
         """Return all of it as plain JSON, for `from_json`."""
         whole: Json = _ADAPTER.dump_python(self, mode="json")
         return whole
+
+    def _repr_html_(self) -> str:
+        return peer_context_html(
+            [fact.as_json() for fact in self.facts],
+            self.memory,
+            self.as_report(),
+            failed_agent_id=self.failed_agent_id,
+            thread_id=self.thread_id,
+        )
 
     @staticmethod
     def from_json(whole: Json) -> "PeerContext":

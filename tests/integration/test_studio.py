@@ -47,7 +47,7 @@ class Studio:
         self.log = folder / "server.log"
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> Self:
+    def start(self, **variables: str) -> Self:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("KAFKA_")}
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -56,7 +56,12 @@ class Studio:
                     *("--host", "127.0.0.1", "--port", str(self.port)),
                 ],
                 cwd=self.folder,
-                env={**environment, **OFFLINE, "PEERCTX_STUDIO_FOLDER": str(self.folder / "kept")},
+                env={
+                    **environment,
+                    **OFFLINE,
+                    "PEERCTX_STUDIO_FOLDER": str(self.folder / "kept"),
+                    **variables,
+                },
                 stdout=log,
                 stderr=log,
             )
@@ -183,6 +188,29 @@ async def test_a_human_is_asked_where_a_peer_is_silent(client: LangGraphClient) 
     done: Any = await client.runs.wait(thread, "recovery", command={"resume": True})
     assert done["result"]["reasons"] == ["silent: nobody"]
     await finished(client, launch)
+
+
+async def test_runs_on_loops_of_their_own_share_the_servers_runtime(tmp_path: Path) -> None:
+    studio = Studio(tmp_path).start(BG_JOB_ISOLATED_LOOPS="true")
+    try:
+        async with studio.client() as client:
+            launches = [await dead_launch(client) for _ in range(3)]
+            threads = [(await client.threads.create())["thread_id"] for _ in launches]
+            orders = [{"failed_agent_id": AGENT, "thread_id": launch} for launch in launches]
+            results: list[Any] = await asyncio.gather(
+                *(
+                    client.runs.wait(thread, "recovery", input=order)
+                    for thread, order in zip(threads, orders, strict=True)
+                )
+            )
+            assert [(r["result"]["status"], r["result"]["reasons"]) for r in results] == [
+                ("resumed", [])
+            ] * 3
+            for launch in launches:
+                await finished(client, launch)
+    finally:
+        studio.close()
+    assert "isolated" in studio.log.read_text().lower()
 
 
 async def test_a_server_killed_in_the_middle_of_a_recovery_finishes_it_when_it_is_back(
