@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,47 @@ async def test_stopping_waits_for_whoever_is_at_work() -> None:
     await node.arelease()
     with pytest.raises(ConfigurationError, match="stopped"):
         await runtime.acall(work)
+
+
+def test_an_interrupted_call_ends_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while a sync node waits: nobody waits for the gather any more."""
+    began, ended = threading.Event(), threading.Event()
+
+    async def work(_runtime: PeerContextRuntime) -> None:
+        began.set()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+
+    def interrupted(_self: Any, _timeout: float | None = None) -> None:
+        assert began.wait(5)
+        raise KeyboardInterrupt
+
+    lease = background.lease(MOCK)
+    runtime = lease.runtime()
+    with monkeypatch.context() as patch:
+        patch.setattr(Future, "result", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            runtime.call(work)
+    assert ended.wait(5)
+    lease.release()
+
+
+async def test_what_is_still_at_work_ends_with_the_runtime() -> None:
+    async def work(_runtime: PeerContextRuntime) -> None:
+        began.set()
+        await asyncio.sleep(60)
+
+    began = threading.Event()
+    lease = background.lease(MOCK)
+    runtime = await lease.aruntime()
+    working = asyncio.create_task(runtime.acall(work))
+    assert await asyncio.to_thread(began.wait, 5)
+    await lease.arelease()
+    async with asyncio.timeout(5):
+        await asyncio.wait({working})
+    assert working.cancelled()
 
 
 @pytest.fixture

@@ -166,6 +166,25 @@ async def test_a_step_may_be_tried_again_in_its_process(broker: FakeBroker, team
     assert team.asked == [(), ("b", "c")]
 
 
+async def test_collecting_may_be_tried_again_and_has_a_window_of_its_own(
+    broker: FakeBroker, team: Team
+) -> None:
+    team.awake = {"a"}
+    async with process(broker) as runtime:
+        request = question(runtime)
+        since = await runtime.steps.position(request)
+        asked = await runtime.steps.ask(request, since, NAMES, timeout_seconds=0.1)
+        wanted = Wanted(NAMES, 3)
+        with pytest.raises(TooFewResponsesError):
+            await runtime.steps.collect(request, since, asked, wanted, timeout_seconds=0.1)
+        team.awake = set(NAMES)
+        context = await runtime.steps.collect(
+            request, since, asked, Wanted(NAMES, 3), timeout_seconds=5
+        )
+    assert told(context) == ["a-1", "b-1", "c-1"]
+    assert team.asked == [(), ("b", "c")]
+
+
 async def test_names_that_a_request_cannot_carry_are_asked_with_everybody(
     broker: FakeBroker, team: Team
 ) -> None:

@@ -19,6 +19,7 @@ from langgraph_peerctx.config import KafkaConfig
 from langgraph_peerctx.errors import (
     BrokerUnavailableError,
     ConfigurationError,
+    RecordRefusedError,
     SendOutcomeUnknownError,
     UnknownTopicError,
 )
@@ -386,6 +387,29 @@ async def test_started_and_cancelled_at_any_moment_it_leaves_nothing(kafka: Kafk
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
         await transport.close()
+
+
+async def test_a_record_that_the_broker_refuses_costs_that_record_alone(kafka: KafkaServer) -> None:
+    async with transport_on(kafka.bootstrap_servers) as transport:
+        narrow, topic = f"test.{uuid4().hex}", await fresh_topic(transport)
+        await transport.ensure_topics(
+            [TopicSpec(name=narrow, settings={"max.message.bytes": "1000"})]
+        )
+        waiting = asyncio.create_task(transport.send(topic, b"x"))
+        with pytest.raises(RecordRefusedError, match="MessageSizeTooLarge"):
+            await transport.send(narrow, b"x" * 5_000)
+        assert await waiting == "acknowledged"
+        assert await transport.send(narrow, b"x") == "acknowledged"
+
+
+async def test_closed_while_it_connects_it_leaves_nothing(kafka: KafkaServer) -> None:
+    for milliseconds in (1, 5, 15, 30):
+        transport = KafkaTransport(KafkaConfig(bootstrap_servers=kafka.bootstrap_servers))
+        starting = asyncio.create_task(transport.start())
+        await asyncio.sleep(milliseconds / 1_000)
+        await transport.close()
+        (outcome,) = await asyncio.gather(starting, return_exceptions=True)
+        assert outcome is None or "closed" in str(outcome)
 
 
 async def test_closed_twice_and_used_afterwards_it_says_so(kafka: KafkaServer) -> None:
