@@ -2,8 +2,9 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from uuid import uuid4
 
 os.environ["LANGGRAPH_STRICT_MSGPACK"] = "true"  # before LangGraph is imported
 
@@ -14,7 +15,7 @@ from services.kafka import KafkaMissingError, KafkaServer
 from services.postgres import PostgresMissingError, PostgresServer
 from two_peers import Peers, two_peers
 
-from langgraph_peerctx.config import KafkaConfig, PeerContextSettings
+from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.messaging.embedded_broker import EmbeddedBroker
 from langgraph_peerctx.persistence.event_store import EventStore
 
@@ -83,17 +84,29 @@ def embedded_servers() -> Iterator[str]:
 
 
 @pytest.fixture
+def settings_in_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., PeerContextSettings]:
+    """Say in the environment, too, on which broker and topics; the agent's own store is empty."""
+
+    def say(servers: str, **topics: str) -> PeerContextSettings:
+        monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", servers)
+        for name, value in topics.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("PEER_CONTEXT_DATABASE_URL", f"sqlite:///{tmp_path}/own.db")
+        monkeypatch.setenv("PEER_CONTEXT_MOCK_MODE", "never")
+        settings = PeerContextSettings()
+        EventStore(settings.database_url).close()
+        return settings
+
+    return say
+
+
+@pytest.fixture
 def embedded_settings(
-    embedded_servers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    embedded_servers: str, settings_in_environment: Callable[..., PeerContextSettings]
 ) -> PeerContextSettings:
-    """What the environment says too; the agent's own store is there, and empty."""
-    monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", embedded_servers)
-    monkeypatch.setenv("PEER_CONTEXT_DATABASE_URL", f"sqlite:///{tmp_path}/own.db")
-    monkeypatch.setenv("PEER_CONTEXT_MOCK_MODE", "never")
-    settings = PeerContextSettings()
-    assert settings.kafka == KafkaConfig(bootstrap_servers=embedded_servers)
-    EventStore(settings.database_url).close()
-    return settings
+    return settings_in_environment(embedded_servers)
 
 
 @pytest.fixture
@@ -101,4 +114,22 @@ async def two(embedded_settings: PeerContextSettings, tmp_path: Path) -> AsyncIt
     """Two peers on the embedded broker, and no runtime left at the end."""
     with no_runtime_left():
         async with two_peers(embedded_settings, tmp_path) as peers:
+            yield peers
+
+
+@pytest.fixture
+async def two_on_kafka(
+    kafka: KafkaServer,
+    settings_in_environment: Callable[..., PeerContextSettings],
+    tmp_path: Path,
+) -> AsyncIterator[Peers]:
+    """Two peers on a real Apache Kafka, on topics of their own."""
+    name = uuid4().hex
+    settings = settings_in_environment(
+        kafka.bootstrap_servers,
+        KAFKA_CONTEXT_REQUEST_TOPIC=f"{name}.request",
+        KAFKA_CONTEXT_RESPONSE_TOPIC_PREFIX=f"{name}.response",
+    )
+    with no_runtime_left():
+        async with two_peers(settings, tmp_path) as peers:
             yield peers

@@ -8,6 +8,7 @@ from pathlib import Path
 from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.messaging.agent_context_service import AgentContextService
 from langgraph_peerctx.messaging.kafka_transport import KafkaTransport
+from langgraph_peerctx.messaging.topics import topics_for
 from langgraph_peerctx.messaging.transport import From, Record
 from langgraph_peerctx.persistence.event_store import EventStore, record_interaction
 from langgraph_peerctx.protocol.codec import decode
@@ -58,7 +59,10 @@ async def two_peers(settings: PeerContextSettings, place: Path) -> AsyncIterator
     transport = KafkaTransport(settings.kafka)
     await transport.start()
     try:
-        watching = await transport.subscribe(["agent.context.request"], peers.see, start=From())
+        await transport.ensure_topics(topics_for(settings.kafka, [settings.requester_id]))
+        watching = await transport.subscribe(
+            [settings.kafka.context_request_topic], peers.see, start=From()
+        )
         await watching.positioned()
         await peers.start("a")
         yield peers

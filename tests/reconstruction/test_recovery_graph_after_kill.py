@@ -63,6 +63,19 @@ async def test_killed_while_it_asked(two: Peers, tmp_path: Path, place: str) -> 
     assert len({request.correlation_id for request in two.requests}) == 1
 
 
+@pytest.mark.kafka
+async def test_killed_in_the_middle_of_collecting_on_a_real_kafka(
+    two_on_kafka: Peers, tmp_path: Path
+) -> None:
+    await killed(tmp_path, "agent", INSIDE)
+    await killed(tmp_path, "recoverer", "in the middle of collect")
+
+    check(await finished_by_another(tmp_path))
+
+    assert [request.addressees for request in two_on_kafka.requests] == [(), ("b",)]
+    assert visits(tmp_path) == 2
+
+
 @pytest.mark.parametrize("place", [*NODES, INSIDE])
 async def test_killed_at_any_other_node(two: Peers, tmp_path: Path, place: str) -> None:
     await two.start("b")
