@@ -230,7 +230,7 @@ async def test_a_node_that_is_cancelled_leaves_nothing_behind() -> None:
 
 @pytest.mark.usefixtures("team")
 async def test_too_few_answers_are_tried_again_by_a_retry_policy() -> None:
-    node = PeerContextNode(expect=["nobody"], timeout_seconds=0.1, min_responses=2)
+    node = PeerContextNode(expect=["nobody"], timeout_seconds=0.2, min_responses=2)
     events: list[Any] = []
     app = graph(node, retry_policy=fast(peer_context_retry_policy(max_attempts=3)))
 
@@ -238,9 +238,9 @@ async def test_too_few_answers_are_tried_again_by_a_retry_policy() -> None:
         async for event in app.astream(ABOUT, config(), stream_mode="custom"):
             events.append(event["peer_context"]["event"])  # noqa: PERF401 - it raises half-way
 
-    with pytest.raises(TooFewResponsesError, match="1 of at least 2"):
+    with pytest.raises(TooFewResponsesError, match="of at least 2"):
         await run()
-    assert events.count("request_sent") == 3
+    assert events.count("asking") == 3
 
 
 @pytest.mark.parametrize("is_async", [True, False])
