@@ -154,7 +154,9 @@ class BackgroundRuntime:
                     given = None if isinstance(agent, str) else agent
                     new[name] = await ready_handler(name, self.settings, handler=given)
             if self._responder is None:
-                self._responder = ContextResponder(self.settings, transport=runtime.transport)
+                self._responder = ContextResponder(
+                    self.settings, transport=runtime.transport, presence=runtime.presence
+                )
             if new:
                 await self._responder.host(*new.values())
             for name in names:

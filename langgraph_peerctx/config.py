@@ -200,6 +200,12 @@ class PeerContextSettings(EnvironmentSettings):
     database_timeout_seconds: Seconds = Field(
         default=5.0, validation_alias="PEER_CONTEXT_DATABASE_TIMEOUT_SECONDS"
     )
+    heartbeat_interval_seconds: Seconds = Field(
+        default=1.0, validation_alias="PEER_CONTEXT_HEARTBEAT_INTERVAL_SECONDS"
+    )
+    heartbeat_pause_seconds: Seconds = Field(
+        default=3.0, validation_alias="PEER_CONTEXT_HEARTBEAT_PAUSE_SECONDS"
+    )
     time_window_seconds: Seconds = Field(
         default=3_600.0, validation_alias="PEER_CONTEXT_TIME_WINDOW_SECONDS"
     )

@@ -11,7 +11,9 @@ from langgraph_peerctx.errors import BrokerUnavailableError, ConfigurationError
 from langgraph_peerctx.gathering.gatherer import Enough, Gatherer, OnAnswer, OnSent, Question
 from langgraph_peerctx.gathering.peer_context import PeerContext
 from langgraph_peerctx.gathering.steps import GatherSteps
+from langgraph_peerctx.identifiers import new_id
 from langgraph_peerctx.messaging.mock_transport import create_transport
+from langgraph_peerctx.messaging.presence import Presence
 from langgraph_peerctx.messaging.reply_inbox import ReplyInbox
 from langgraph_peerctx.messaging.topics import topics_for
 from langgraph_peerctx.messaging.transport import Transport
@@ -46,6 +48,7 @@ class PeerContextRuntime:
         self._store = store
         self._gatherer: Gatherer | None = None
         self._steps: GatherSteps | None = None
+        self._presence: Presence | None = None
         self._stack = AsyncExitStack()
 
     @property
@@ -98,6 +101,17 @@ class PeerContextRuntime:
         return self._steps
 
     @property
+    def presence(self) -> Presence:
+        """Our heartbeats, and everybody's, while the runtime runs.
+
+        Raises:
+            ConfigurationError: If it does not run.
+        """
+        if self._presence is None:
+            raise ConfigurationError("this runtime is not started: use it in an `async with`")
+        return self._presence
+
+    @property
     def degraded(self) -> tuple[str, ...]:
         """Why a gather would not be the whole truth now; empty when all is well."""
         return self.transport.degraded
@@ -126,22 +140,25 @@ class PeerContextRuntime:
             )
             stack.push_async_callback(inbox.close)
             await inbox.start(timeout_seconds=settings.kafka.connect_timeout_seconds)
-            self._transport = transport
-            self._gatherer = Gatherer(transport, inbox, settings)
+            presence = Presence(transport, settings, new_id())
+            await presence.start()
+            stack.push_async_callback(presence.close)
+            self._transport, self._presence = transport, presence
+            self._gatherer = Gatherer(transport, inbox, settings, presence.roster)
             self._steps = GatherSteps(self._gatherer, transport, inbox, settings)
             stack.push_async_callback(self._steps.close)
             self._stack = stack.pop_all()
 
     async def _see_to_topics(self, transport: Transport) -> None:
-        """Make the two topics that asking needs; where we may not, they may be there later."""
+        """Make the topics that asking needs; where we may not, they may be there later."""
         settings = self.settings
-        request, _, replies = topics_for(
+        needed = topics_for(
             settings.kafka,
             [settings.requester_id],
             max_message_bytes=settings.max_message_bytes,
         )
         try:
-            await transport.ensure_topics([request, replies])
+            await transport.ensure_topics(needed)
         except BrokerUnavailableError as error:
             if settings.mock_mode == "never":
                 raise
@@ -151,7 +168,7 @@ class PeerContextRuntime:
         """Close what is its own; what is being gathered ends, and says so. Safe to call twice."""
         if self._gatherer is not None:
             self._gatherer.close()
-        self._gatherer = self._steps = None
+        self._gatherer = self._steps = self._presence = None
         await self._stack.aclose()
         if not self._borrowed:
             self._transport = None

@@ -22,10 +22,14 @@ from langgraph_peerctx.gathering.peer_context import Coverage, PeerContext
 from langgraph_peerctx.identifiers import new_id
 from langgraph_peerctx.messaging.producer import as_protocol_error, publish
 from langgraph_peerctx.messaging.reply_inbox import ReplyInbox, Slot
+from langgraph_peerctx.messaging.roster import Roster
 from langgraph_peerctx.messaging.transport import Transport
 from langgraph_peerctx.protocol.messages import ContextRequest, ContextResponse, InDoubtKey
 
 _logger = logging.getLogger(__name__)
+
+WATCH_SECONDS = 0.1
+"""How often those that are waited for are looked after."""
 
 OnAnswer = Callable[[ContextResponse], None]
 OnSent = Callable[[], None]
@@ -52,14 +56,20 @@ class Gatherer:
         transport: Borrowed, started.
         inbox: Borrowed, started; of the requester id in the settings.
         settings: Topics, limits, defaults.
+        roster: Who is there, if it is known: whom to expect where the caller names nobody.
     """
 
     def __init__(
-        self, transport: Transport, inbox: ReplyInbox, settings: PeerContextSettings
+        self,
+        transport: Transport,
+        inbox: ReplyInbox,
+        settings: PeerContextSettings,
+        roster: Roster | None = None,
     ) -> None:
         self._transport = transport
         self._inbox = inbox
         self._settings = settings
+        self._roster = roster
         self._running: set[Wanted] = set()
         self._closed = False
 
@@ -152,6 +162,8 @@ class Gatherer:
     ) -> PeerContext:
         """Broadcast a question and collect the peers' answers.
 
+        Where the caller expects nobody by name, those are expected who are there when it is sent,
+        once that is known for certain; who leaves or falls silent meanwhile is waited for no more.
         It ends at the first of: everybody expected has answered; `min_responses` have; `enough`
         says so; the window is over; nothing can come (mock mode, no broker).
 
@@ -174,7 +186,8 @@ class Gatherer:
         """
         if not self._settings.enabled:
             return switched_off(request.failed_agent_id, request.thread_id)
-        wanted = Wanted(expect, min_responses, enough, on_answer)
+        names = expect or self._there(request.failed_agent_id)
+        wanted = Wanted(names, min_responses, enough, on_answer)
         with self.open(request) as slot:
             return await self.collect(
                 request,
@@ -227,10 +240,13 @@ class Gatherer:
         for response in list(slot.responses.values()):
             wanted.take(response)
         self._running.add(wanted)
+        watching = asyncio.create_task(self._watch(wanted), name="peerctx-watch")
         try:
             trouble = await _until_enough(ask, wanted, window)
         finally:
             self._running.discard(wanted)
+            watching.cancel()
+            await asyncio.wait({watching})
         if wanted.fault is not None:
             raise wanted.fault
         if self._settings.mock_mode == "never" and _certain(trouble):
@@ -240,6 +256,29 @@ class Gatherer:
             raise TooFewResponsesError(len(slot.responders), needed)
         silenced = self._silenced(trouble, (inbox or self._inbox).lost)
         return _report(request, wanted, slot, silenced, loop.time() - started)
+
+    def _there(self, failed_agent_id: str) -> list[str]:
+        """Return the lives of processes that can answer, if it is known who is there."""
+        roster = self._roster
+        if roster is None or not roster.is_warm:
+            return []
+        return [
+            f"{process_id}@{incarnation}"
+            for process_id, incarnation in (
+                member.key
+                for member in roster.present()
+                if set(member.beat.agents) - {failed_agent_id}
+            )
+        ]
+
+    async def _watch(self, wanted: "Wanted") -> None:
+        """Give up who leaves or falls silent, of those that the roster named."""
+        while self._roster is not None and any("@" in name for name in wanted.expected):
+            for name in sorted(wanted.missing):
+                process_id, _, incarnation = name.partition("@")
+                if incarnation and not self._roster.is_present((process_id, incarnation)):
+                    wanted.give_up(name)
+            await asyncio.sleep(WATCH_SECONDS)
 
     def _silenced(self, trouble: PeerContextError | None, lost: str | None) -> list[str]:
         """Say why answers may have had no way to us."""
@@ -269,6 +308,7 @@ class Wanted:
     ) -> None:
         self.expected = frozenset(expect)
         self.missing = set(expect)
+        self.left: set[str] = set()
         self.responses: list[ContextResponse] = []
         self.responders: set[str] = set()
         self.satisfied = asyncio.Event()
@@ -288,6 +328,13 @@ class Wanted:
             self.fault = error
             self.satisfied.set()
 
+    def give_up(self, name: str) -> None:
+        """Wait no longer for somebody who is gone."""
+        self.missing.discard(name)
+        self.left.add(name)
+        if not self.missing:
+            self.satisfied.set()
+
     def _judge(self, response: ContextResponse) -> None:
         everybody = bool(self.expected) and not self.missing
         some = self.min_responses is not None and len(self.responders) >= self.min_responses
@@ -302,15 +349,16 @@ class Wanted:
         for response in self.responses:
             for answer in response.agents:
                 statuses.setdefault(answer.status, set()).add(answer.agent_id)
-        answered = self.expected - self.missing if self.expected else self.responders
+        answered = self.expected - self.missing - self.left if self.expected else self.responders
         unasked = {r.responder_id for r in self.responses if not _names(r) & self.expected}
         return Coverage(
-            asked=tuple(sorted(self.expected)),
-            answered=tuple(sorted(answered)),
+            asked=_shown(self.expected),
+            answered=_shown(answered),
             empty=tuple(sorted(statuses.get("nothing", ()))),
             declined=tuple(sorted(statuses.get("declined", ()))),
             busy=tuple(sorted(statuses.get("busy", ()))),
-            silent=tuple(sorted(self.missing)),
+            silent=_shown(self.missing),
+            left=_shown(self.left),
             extra=tuple(sorted(unasked)) if self.expected else (),
             truncated=merged.truncated,
             contradicted=tuple(sorted({*slot.contradicted, *merged.contested})),
@@ -381,7 +429,14 @@ def _keep(_response: ContextResponse) -> None:
 
 
 def _names(response: ContextResponse) -> set[str]:
-    return {response.responder_id, *(answer.agent_id for answer in response.agents)}
+    process = response.responder_id
+    agents = (answer.agent_id for answer in response.agents)
+    return {process, f"{process}@{response.incarnation}", *agents}
+
+
+def _shown(names: Iterable[str]) -> tuple[str, ...]:
+    """Name a life of a process by the process; no id has an @ in it."""
+    return tuple(sorted({name.partition("@")[0] for name in names}))
 
 
 def _hopeless(sending: "asyncio.Task[None]") -> bool:
@@ -408,6 +463,7 @@ def _shortcomings(coverage: Coverage, slot: Slot, merged: Merged) -> list[str]:
     elif coverage.silent:
         said.append(f"silent: {', '.join(coverage.silent)}")
     for what, names in (
+        ("gone before they answered", coverage.left),
         ("busy", coverage.busy),
         ("declined", coverage.declined),
         ("cut to fit", coverage.truncated),

@@ -8,8 +8,8 @@ import asyncio
 import logging
 import time
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from types import TracebackType
@@ -27,6 +27,7 @@ from langgraph_peerctx.errors import (
 from langgraph_peerctx.identifiers import check_id, new_id
 from langgraph_peerctx.messaging.context_handler import ContextRequestHandler
 from langgraph_peerctx.messaging.mock_transport import create_transport
+from langgraph_peerctx.messaging.presence import Presence
 from langgraph_peerctx.messaging.producer import headers_of
 from langgraph_peerctx.messaging.topics import topics_for
 from langgraph_peerctx.messaging.transport import From, Record, Subscription, Transport
@@ -57,7 +58,7 @@ class ContextResponder:
     Args:
         settings: Topics, limits, process id; by default from the environment.
         transport: A started transport to borrow; by default one of its own.
-        incarnation: This life of the process; by default a fresh id.
+        presence: What says that the process is there; by default one of its own.
 
     Attributes:
         counters: What was taken and what was not, by reason: `answered`, `expired`, `repeated`,
@@ -70,12 +71,14 @@ class ContextResponder:
         settings: PeerContextSettings | None = None,
         *,
         transport: Transport | None = None,
-        incarnation: str | None = None,
+        presence: Presence | None = None,
     ) -> None:
         self.settings: PeerContextSettings = settings or PeerContextSettings()
-        self.incarnation: str = incarnation or new_id()
+        self.incarnation: str = presence.roster.incarnation if presence else new_id()
         self.counters: Counter[str] = Counter()
         self._borrowed = transport
+        self._borrowed_presence = presence
+        self._presence: Presence | None = None
         self._transport: Transport | None = None
         self._subscription: Subscription | None = None
         self._hosted: list[ContextRequestHandler] = []
@@ -122,6 +125,8 @@ class ContextResponder:
             async with self._changing:
                 if self._subscription is None:
                     await self._start()
+                elif self._presence is not None:
+                    self._presence.beat_now()
         except BaseException:
             self._drop(handlers)
             raise
@@ -132,6 +137,8 @@ class ContextResponder:
         async with self._changing:
             if not self._hosted:
                 await self._stop()
+            elif self._presence is not None:
+                self._presence.beat_now()
 
     async def stop(self) -> None:
         """Answer for nobody any more. Safe to call twice."""
@@ -149,7 +156,7 @@ class ContextResponder:
             if self._borrowed is None:
                 stack.push_async_callback(transport.close)
                 await transport.start()
-            await transport.ensure_topics(topics_for(self.settings.kafka)[:1])
+            await transport.ensure_topics(topics_for(self.settings.kafka))
             for number in range(WORKERS):
                 stack.push_async_callback(_ended, self._worker(number))
             subscription = await transport.subscribe(
@@ -159,12 +166,28 @@ class ContextResponder:
             )
             stack.push_async_callback(subscription.close)
             await self._until_positioned(subscription)
+            self._presence = await stack.enter_async_context(self._present(transport))
             self._subscription = subscription
             self._stack = stack.pop_all()
 
     async def _stop(self) -> None:
-        self._subscription = None
+        self._subscription = self._presence = None
         await self._stack.aclose()
+
+    @asynccontextmanager
+    async def _present(self, transport: Transport) -> AsyncIterator[Presence]:
+        """Let others know that we answer, and for whom; only once we can."""
+        if (presence := self._borrowed_presence) is not None:
+            presence.speak_for(lambda: self.agents)
+            yield presence
+            presence.speak_for(tuple)
+            return
+        own = Presence(transport, self.settings, self.incarnation, agents=lambda: self.agents)
+        await own.start()
+        try:
+            yield own
+        finally:
+            await own.close()
 
     async def _until_positioned(self, subscription: Subscription) -> None:
         seconds = self.settings.kafka.connect_timeout_seconds

@@ -225,7 +225,7 @@ async def test_a_topic_that_does_not_exist_is_not_made_and_counted(
     async with AgentContextService("marketing", responder=responder, store=store):
         ask(broker, requester_id="nobody")
         await nothing_happens(responder, "unknown_topic")
-    assert set(broker.topics) == {REQUESTS, REPLIES}
+    assert "agent.context.response.nobody" not in broker.topics
 
 
 async def test_poison_is_counted_by_its_fault_and_skipped(

@@ -1,0 +1,116 @@
+"""Heartbeats out, one an interval, whatever the broker does; and a last word."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from fakes import FakeBroker, FakeTransport
+
+from langgraph_peerctx.config import PeerContextSettings
+from langgraph_peerctx.errors import BrokerUnavailableError
+from langgraph_peerctx.messaging.presence import Presence
+from langgraph_peerctx.protocol.codec import decode
+from langgraph_peerctx.protocol.messages import Heartbeat
+
+TOPIC = "agent.presence"
+SETTINGS = PeerContextSettings(
+    process_id="process-1",
+    mock_mode="always",
+    heartbeat_interval_seconds=0.05,
+    heartbeat_pause_seconds=0.15,
+)
+
+
+@pytest.fixture
+def broker() -> FakeBroker:
+    return FakeBroker(topics={TOPIC: []})
+
+
+def beats(broker: FakeBroker) -> list[Heartbeat]:
+    read = [decode(record.value) for record in broker.topics[TOPIC]]
+    return [beat for beat in read if isinstance(beat, Heartbeat)]
+
+
+async def until(true: Callable[[], Any], seconds: float = 5) -> None:
+    async with asyncio.timeout(seconds):
+        while not true():
+            await asyncio.sleep(0.005)
+
+
+async def test_it_beats_with_what_others_should_know_and_says_when_it_leaves(
+    broker: FakeBroker,
+) -> None:
+    presence = Presence(
+        FakeTransport(broker),
+        SETTINGS,
+        "life-1",
+        agents=lambda: ("a", "b"),
+        open_runs=lambda: 2,
+        loop_lag_seconds=lambda: 0.25,
+    )
+    await presence.start()
+    await until(lambda: presence.roster.is_warm)
+    await presence.close()
+    await presence.close()
+    told = beats(broker)
+    assert {(b.process_id, b.incarnation) for b in told} == {("process-1", "life-1")}
+    assert [b.sequence for b in told] == list(range(1, len(told) + 1))
+    assert (told[0].agents, told[0].open_runs, told[0].loop_lag_seconds) == (("a", "b"), 2, 0.25)
+    assert [b.leaving for b in told] == [False] * (len(told) - 1) + [True]
+    assert broker.readers == []
+
+
+async def test_one_beat_an_interval_and_one_at_once_where_something_changed(
+    broker: FakeBroker,
+) -> None:
+    settings = SETTINGS.model_copy(update={"heartbeat_interval_seconds": 0.2})
+    presence = Presence(FakeTransport(broker), settings, "life-1")
+    await presence.start()
+    await asyncio.sleep(0.5)
+    assert len(beats(broker)) == 3
+    presence.speak_for(lambda: ("a",))
+    await until(lambda: beats(broker)[-1].agents == ("a",), seconds=0.1)
+    await presence.close()
+
+
+async def test_a_broker_that_takes_nothing_is_said_once_and_beating_goes_on(
+    broker: FakeBroker, caplog: pytest.LogCaptureFixture
+) -> None:
+    transport = FakeTransport(broker)
+    transport.send_fault = BrokerUnavailableError("gone")
+    presence = Presence(transport, SETTINGS, "life-1")
+    await presence.start()
+    await asyncio.sleep(0.2)
+    warnings = [r for r in caplog.records if r.levelno == logging.WARNING]
+    assert [r.getMessage() for r in warnings] == ["nobody hears that we are there: gone"]
+    assert not presence.roster.is_warm
+    transport.send_fault = None
+    await until(lambda: presence.roster.is_warm)
+    await presence.close()
+
+
+async def test_leaving_waits_for_no_broker_longer_than_a_second(broker: FakeBroker) -> None:
+    transport = FakeTransport(broker)
+    presence = Presence(transport, SETTINGS, "life-1")
+    await presence.start()
+    await until(lambda: beats(broker))
+    transport.silent = True
+    started = time.monotonic()
+    await presence.close()
+    assert time.monotonic() - started < 1.5
+
+
+async def test_what_it_is_to_tell_may_fail_and_costs_one_beat(broker: FakeBroker) -> None:
+    def agents() -> tuple[str, ...]:
+        if len(beats(broker)) == 1:
+            broker.topics[TOPIC].append(broker.topics[TOPIC][0])
+            raise ZeroDivisionError
+        return ()
+
+    presence = Presence(FakeTransport(broker), SETTINGS, "life-1", agents=agents)
+    await presence.start()
+    await until(lambda: len(beats(broker)) >= 4)
+    await presence.close()
