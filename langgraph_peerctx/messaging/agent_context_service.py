@@ -182,7 +182,9 @@ class ContextResponder:
             yield presence
             presence.speak_for(tuple)
             return
-        own = Presence(transport, self.settings, self.incarnation, agents=lambda: self.agents)
+        own = Presence(
+            transport, self.settings, self.incarnation, agents=lambda: self.agents, listens=False
+        )
         await own.start()
         try:
             yield own

@@ -31,6 +31,7 @@ class Presence:
         agents: Tells which agents the process hosts.
         open_runs: Tells how many runs are open.
         loop_lag_seconds: Tells how long the agents' loop has not answered.
+        listens: Whether to keep the roster; who only answers needs none, and it costs reading all.
         clock: Seconds that only rise.
     """
 
@@ -43,6 +44,7 @@ class Presence:
         agents: Callable[[], Sequence[str]] = tuple,
         open_runs: Callable[[], int] = int,
         loop_lag_seconds: Callable[[], float] = float,
+        listens: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._transport = transport
@@ -50,6 +52,7 @@ class Presence:
         self._agents = agents
         self._open_runs = open_runs
         self._loop_lag_seconds = loop_lag_seconds
+        self._listens = listens
         self._sequence = 0
         self._subscription: Subscription | None = None
         self._beating: asyncio.Task[None] | None = None
@@ -63,11 +66,12 @@ class Presence:
 
     async def start(self) -> None:
         """Begin to listen and to beat; waits for nothing. The topic should be there."""
-        self._subscription = await self._transport.subscribe(
-            [self._settings.kafka.presence_topic],
-            self.roster.take,
-            start=From(back=LOOK_BACK_RECORDS),
-        )
+        if self._listens:
+            self._subscription = await self._transport.subscribe(
+                [self._settings.kafka.presence_topic],
+                self.roster.take,
+                start=From(back=LOOK_BACK_RECORDS),
+            )
         self._beating = asyncio.create_task(self._beat_on(), name="peerctx-heartbeat")
 
     async def close(self) -> None:
