@@ -8,6 +8,7 @@ from uuid import uuid4
 
 os.environ["LANGGRAPH_STRICT_MSGPACK"] = "true"  # before LangGraph is imported
 
+import hypothesis
 import pytest
 import pytest_asyncio
 from runtime_threads import no_runtime_left
@@ -18,6 +19,12 @@ from two_peers import Peers, two_peers
 from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.messaging.embedded_broker import EmbeddedBroker
 from langgraph_peerctx.persistence.event_store import EventStore
+
+# How long an example takes says more about the machine than about the code.
+hypothesis.settings.register_profile(
+    "tests", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("tests")
 
 
 def missing(what: str, why: object) -> None:
