@@ -186,7 +186,7 @@ class Gatherer:
         """
         if not self._settings.enabled:
             return switched_off(request.failed_agent_id, request.thread_id)
-        names = expect or self._there(request.failed_agent_id)
+        names = expect or self.there(request.failed_agent_id)
         wanted = Wanted(names, min_responses, enough, on_answer)
         with self.open(request) as slot:
             return await self.collect(
@@ -257,8 +257,11 @@ class Gatherer:
         silenced = self._silenced(trouble, (inbox or self._inbox).lost)
         return _report(request, wanted, slot, silenced, loop.time() - started)
 
-    def _there(self, failed_agent_id: str) -> list[str]:
-        """Return the lives of processes that can answer, if it is known who is there."""
+    def there(self, failed_agent_id: str) -> list[str]:
+        """Return the lives of processes that can answer, as names to expect.
+
+        Empty where it is not known who is there.
+        """
         roster = self._roster
         if roster is None or not roster.is_warm:
             return []
@@ -316,6 +319,11 @@ class Wanted:
         self.min_responses = min_responses
         self._enough = enough
         self._on_answer = on_answer
+
+    def expect_instead(self, names: Collection[str]) -> None:
+        """Expect those who are there, where the caller named nobody; before any answer counts."""
+        self.expected = frozenset(names)
+        self.missing = set(names)
 
     def take(self, response: ContextResponse) -> None:
         """Count one answer."""

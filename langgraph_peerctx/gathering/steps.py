@@ -55,12 +55,14 @@ class _Open:
     Attributes:
         inbox: Where its answers come.
         asked_at: When this process asked, by the loop's clock; None if it did not.
+        there: Who was there when it asked, if that was known.
     """
 
     slot: Slot
     inbox: ReplyInbox
     stack: AsyncExitStack
     asked_at: float | None = None
+    there: Collection[str] = ()
 
 
 class GatherSteps:
@@ -115,7 +117,7 @@ class GatherSteps:
         Args:
             request: The question.
             since: What `position` returned, in whichever process.
-            expect: Who should answer; without it everybody is asked.
+            expect: Who should answer; without it, those who are there, or everybody.
             timeout_seconds: The window, in seconds; by default the settings'. It begins here.
 
         Raises:
@@ -126,9 +128,10 @@ class GatherSteps:
             return Asked(at=at)
         gather = await self._gather(request, since)
         gather.asked_at = asyncio.get_running_loop().time()
+        gather.there = () if expect else self._gatherer.there(request.failed_agent_id)
         try:
             async with asyncio.timeout(self._window(timeout_seconds)):
-                await self._ask_missing(request, gather, expect)
+                await self._ask_missing(request, gather, expect or gather.there)
         except TimeoutError:
             return Asked(at=at, trouble="the broker did not confirm the request in time")
         except SendOutcomeUnknownError as error:
@@ -167,6 +170,11 @@ class GatherSteps:
         if not self._settings.enabled:
             return switched_off(request.failed_agent_id, request.thread_id)
         gather = await self._gather(request, since)
+        if not wanted.expected:
+            asked_here = gather.asked_at is not None
+            wanted.expect_instead(
+                gather.there if asked_here else self._gatherer.there(request.failed_agent_id)
+            )
         window = self._window(timeout_seconds)
         if gather.asked_at is not None:
             window -= asyncio.get_running_loop().time() - gather.asked_at
@@ -271,5 +279,6 @@ async def _nothing_but(asked: Asked) -> None:
 
 def _addressees(names: Collection[str]) -> Collection[str]:
     """Return whom a request can name; everybody, where it cannot name them all."""
+    names = {name.partition("@")[0] for name in names}  # a life of a process: the process
     legal = all(is_legal_id(name) for name in names)
     return names if legal and len(names) <= ADDRESSEE_LIMIT else ()

@@ -12,11 +12,12 @@ import pytest
 from fakes import FakeBroker, FakeTransport
 
 from langgraph_peerctx.config import PeerContextSettings
+from langgraph_peerctx.gathering.gatherer import Wanted
 from langgraph_peerctx.messaging.agent_context_service import ContextResponder
 from langgraph_peerctx.messaging.context_handler import ContextRequestHandler
 from langgraph_peerctx.persistence.event_store import EventStore, record_interaction
-from langgraph_peerctx.protocol.codec import encode
-from langgraph_peerctx.protocol.messages import DeathNotice
+from langgraph_peerctx.protocol.codec import decode, encode
+from langgraph_peerctx.protocol.messages import ContextRequest, DeathNotice
 from langgraph_peerctx.runtime import PeerContextRuntime
 
 SENT_AT = datetime(2026, 1, 1, tzinfo=UTC)
@@ -207,6 +208,49 @@ async def test_a_process_of_the_failed_agent_alone_is_not_expected(
         context = await runtime.gather(**ABOUT, timeout_seconds=30)
     await failed.responder.stop()
     assert context.coverage.asked == tuple(f"process-{name}" for name in sorted(peers))
+
+
+async def test_steps_end_with_the_last_of_those_who_are_there(
+    broker: FakeBroker, peers: dict[str, Peer]
+) -> None:
+    async with asker(broker) as runtime:
+        request = runtime.request(**ABOUT)
+        since = await runtime.steps.position(request)
+        asked = await runtime.steps.ask(request, since)
+        context = await runtime.steps.collect(request, since, asked, Wanted(), timeout_seconds=30)
+    assert context.elapsed_seconds < 2
+    assert context.coverage.asked == tuple(f"process-{name}" for name in peers)
+    assert context.coverage.complete
+
+
+@pytest.mark.parametrize("warm", [True, False])
+async def test_a_successor_asks_those_who_are_there_and_have_not_answered(
+    broker: FakeBroker, peers: dict[str, Peer], *, warm: bool
+) -> None:
+    peers["c"].transport.silent = True
+    async with asker(broker) as first:
+        request = first.request(**ABOUT)
+        since = await first.steps.position(request)
+        asked = await first.steps.ask(request, since)
+        await until(lambda: peers["a"].responder.counters["answered"])
+        await until(lambda: peers["b"].responder.counters["answered"])
+    peers["c"].transport.silent = False
+    await peers["c"].responder.stop()
+    await peers["c"].start()
+
+    async with asker(broker, warm=warm) as second:
+        context = await second.steps.collect(
+            request, since, asked, Wanted(), timeout_seconds=5 if warm else 0.2
+        )
+    told = {fact.interaction.interaction_id for fact in context.facts}
+    assert {"order-a", "order-b"} <= told
+    if warm:
+        assert told == {"order-a", "order-b", "order-c"}
+        assert context.coverage.complete
+        assert context.elapsed_seconds < 2
+        asked_again = decode(broker.topics["agent.context.request"][-1].value)
+        assert isinstance(asked_again, ContextRequest)
+        assert asked_again.addressees == ("process-c",)
 
 
 async def test_whom_the_caller_names_is_who_counts(
