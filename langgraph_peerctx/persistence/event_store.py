@@ -4,19 +4,14 @@ import asyncio
 import atexit
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from functools import partial
-from types import TracebackType
-from typing import Any, NotRequired, Required, Self, TypedDict, TypeVar, Unpack
+from typing import Any, NotRequired, Required, TypedDict, TypeVar, Unpack
 
 from pydantic import ValidationError
 from pydantic_core import from_json
-from sqlalchemy import Connection, Row, Select, bindparam, func, select
-from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import Connection, Select, bindparam, func, select
 
 from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.errors import (
@@ -26,9 +21,8 @@ from langgraph_peerctx.errors import (
     StoreError,
 )
 from langgraph_peerctx.identifiers import check_id, new_id
-from langgraph_peerctx.persistence.engine import POOL_SIZE, Synchronous, connect, name_of, writing
-from langgraph_peerctx.persistence.faults import is_busy, translated
-from langgraph_peerctx.persistence.opened import Opened
+from langgraph_peerctx.persistence.database import Database
+from langgraph_peerctx.persistence.engine import Synchronous
 from langgraph_peerctx.persistence.rows import (
     EARLIEST,
     FIELDS,
@@ -42,8 +36,7 @@ from langgraph_peerctx.persistence.rows import (
     stored,
 )
 from langgraph_peerctx.persistence.schema import interactions, memories, stores
-from langgraph_peerctx.persistence.upgrade import upgrade
-from langgraph_peerctx.protocol.json_values import plain_object, plain_text
+from langgraph_peerctx.protocol.json_values import plain_object
 from langgraph_peerctx.protocol.messages import Interaction, Json
 
 T = TypeVar("T")
@@ -87,11 +80,11 @@ class Window(TypedDict, total=False):
     limit: int
 
 
-class EventStore:
+class EventStore(Database):
     """Interactions and memory of the agents that own this database; safe to use from any thread.
 
     Each method has an async twin with `a` in front, which works in a thread and stops waiting a
-    second after the timeout. Opening brings the schema to this release.
+    second after the timeout.
 
     Args:
         url: `sqlite:///FILE` or `postgresql://USER:PASSWORD@HOST/NAME`.
@@ -106,35 +99,16 @@ class EventStore:
     def __init__(
         self, url: str, *, timeout_seconds: float = 5.0, synchronous: Synchronous = "NORMAL"
     ) -> None:
-        self._timeout_seconds = timeout_seconds
-        self._engine = connect(url, timeout_seconds=timeout_seconds, synchronous=synchronous)
-        try:
-            upgrade(self._engine)
-        except BaseException:
-            self._engine.dispose()
-            raise
-        self._opened = Opened(self._engine)
-        self._threads = ThreadPoolExecutor(POOL_SIZE, thread_name_prefix="peerctx-store")
-        insert = (sqlite if self._engine.dialect.name == "sqlite" else postgresql).insert
-        once = insert(interactions).on_conflict_do_nothing()
+        super().__init__(url, timeout_seconds=timeout_seconds, synchronous=synchronous)
+        once = self._insert_into(interactions).on_conflict_do_nothing()
         self._insert = once.returning(interactions.c.sequence)
         # Rows go to PostgreSQL in statements of many: unasked, nobody adds up their counts.
         self._insert_many = once.execution_options(preserve_rowcount=True)
-        memory = insert(memories)
+        memory = self._insert_into(memories)
         self._remember = memory.on_conflict_do_update(
             index_elements=["agent_id", "counterpart_id"],
             set_={"state": memory.excluded.state, "updated_at": memory.excluded.updated_at},
         )
-
-    @property
-    def name(self) -> str:
-        """The database's address, without its password."""
-        return name_of(self._engine)
-
-    @property
-    def closed(self) -> bool:
-        """Whether `close` was called."""
-        return self._opened.closed
 
     def append(self, agent_id: str, interaction: Interaction) -> Interaction:
         """Record one interaction; it is durable when this returns.
@@ -256,51 +230,6 @@ class EventStore:
         """
         return moment_at(self._rows(_BIRTH)[0][0])
 
-    def ping(self) -> None:
-        """See that the database answers.
-
-        Raises:
-            StoreError: If it does not.
-        """
-        self._rows(_PING)
-
-    def close(self) -> None:
-        """Close every connection. Safe to call twice.
-
-        What works in a thread may finish; what still waits for one finds the store closed.
-        """
-        self._opened.close()
-        self._threads.shutdown(wait=False)  # to cancel would look as if the caller had been
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    async def in_thread(self, work: Callable[[], T]) -> T:
-        """Do blocking work with this store in one of its threads, and wait for it with a deadline.
-
-        Raises:
-            StoreBusyError: If it takes a second longer than the timeout; its outcome is unknown.
-            StoreError: If the store was closed.
-        """
-        self._opened.check()  # in a forked child there are no threads to do it
-        call = partial(copy_context().run, work)
-        # A database waits out its own timeout first, and says better what it waited for.
-        try:
-            async with asyncio.timeout(self._timeout_seconds + 1):
-                return await asyncio.get_running_loop().run_in_executor(self._threads, call)
-        except TimeoutError:
-            raise StoreBusyError(
-                f"{self.name} did not answer within {self._timeout_seconds + 1:g} s: try again"
-            ) from None
-
     async def aappend(self, agent_id: str, interaction: Interaction) -> Interaction:
         """See `append`."""
         return await self.in_thread(partial(self.append, agent_id, interaction))
@@ -336,10 +265,6 @@ class EventStore:
         """See `created_at`."""
         return await self.in_thread(self.created_at)
 
-    async def aping(self) -> None:
-        """See `ping`."""
-        await self.in_thread(self.ping)
-
     def _find(self, statement: Select[Any], **parameters: Any) -> list[Interaction]:
         rows = self._rows(statement, **parameters)
         return self._read(lambda: interactions_in(rows))
@@ -349,26 +274,6 @@ class EventStore:
             return parse()
         except ValueError as error:
             raise StoreError(f"{self.name} holds a row that is no JSON: restore it") from error
-
-    def _rows(self, statement: Select[Any], **parameters: Any) -> Sequence[Row[Any]]:
-        # What could not be stored is asked for as what was stored in its place.
-        asked = {k: plain_text(v) if isinstance(v, str) else v for k, v in parameters.items()}
-        return self._work(lambda connection: connection.execute(statement, asked).all())
-
-    def _work(self, work: Callable[[Connection], T], *, transaction: bool = False) -> T:
-        """Do idempotent work, once more if the connection was lost under it."""
-        self._opened.check()
-        with translated(self._engine):
-            try:
-                return self._attempt(work, transaction=transaction)
-            except DBAPIError as error:
-                if not error.connection_invalidated or is_busy(error):
-                    raise
-            return self._attempt(work, transaction=transaction)
-
-    def _attempt(self, work: Callable[[Connection], T], *, transaction: bool) -> T:
-        with writing(self._engine) if transaction else self._engine.connect() as connection:
-            return work(connection)
 
 
 _SHARED: dict[tuple[int, str], EventStore] = {}
