@@ -243,6 +243,8 @@ class Lease:
     async def aruntime(self) -> BackgroundRuntime:
         """Return the runtime once it runs; see `runtime`."""
         self._see_that_it_is_ours()
+        if self._shared.started.done():  # as always but at first: another turn of the loop saved
+            return self._shared.started.result()
         # Shielded: others wait for the same start.
         return await asyncio.shield(asyncio.wrap_future(self._shared.started))
 

@@ -9,6 +9,7 @@ entry; a deleted topic is silence. So every call has a deadline of ours, every c
 """
 
 import asyncio
+import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
@@ -625,10 +626,17 @@ def _consumer_remains(consumer: Any) -> Remains:
 
 
 def _producer_remains(producer: Any) -> Remains:
+    def release() -> None:
+        kept = producer._message_accumulator
+        batches = [*itertools.chain(*kept._batches.values()), *kept._pending_batches]
+        kept.fail_all(ProducerClosed())
+        for batch in batches:
+            batch._drain_waiter.exception()  # else asyncio logs that nobody has looked at it
+
     def remains() -> tuple[Callable[[], None], list[Any], Any]:
         sender = producer._sender
         return (
-            lambda: producer._message_accumulator.fail_all(ProducerClosed()),
+            release,
             [sender.sender_task] if sender is not None else [],
             producer.client,
         )

@@ -1,0 +1,1 @@
+"""What a LangGraph run leaves behind, and who may write it."""
