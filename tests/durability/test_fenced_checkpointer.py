@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
+from langgraph.channels.delta import DeltaChannel
 from langgraph.checkpoint.base import BaseCheckpointSaver, empty_checkpoint
 from langgraph.checkpoint.conformance import checkpointer_test, validate
 from langgraph.checkpoint.memory import InMemorySaver
@@ -438,3 +439,35 @@ async def test_time_travel_forks_under_the_owners_epoch(world: World) -> None:
     await app.aupdate_state(before_second.config, {"log": ["forked"]})
     final = await app.ainvoke(None, AT, durability="sync")
     assert final["log"] == ["in", "first", "forked", "second: Ada"]
+
+
+def appended(value: list[str], writes: Any) -> list[str]:
+    return [*value, *(item for write in writes for item in write)]
+
+
+class Delta(TypedDict, total=False):
+    log: Annotated[list[str], DeltaChannel(appended)]
+
+
+async def test_what_a_channel_is_rebuilt_from_has_nothing_of_a_superseded_writer(
+    world: World,
+) -> None:
+    """Delta channels keep no values: they replay the pending writes of the head's chain."""
+    builder = StateGraph(Delta)
+    for number, name in enumerate(("first", "second", "third")):
+        builder.add_node(name, lambda _state, name=name: {"log": [name]})
+        builder.add_edge(START if number == 0 else ("first", "second")[number - 1], name)
+    a, b = world.process("a"), world.process("b")
+    await a.claim()
+    await b.claim(dead_incarnation="a")
+    app = builder.compile(checkpointer=b.saver)
+    await app.ainvoke({"log": ["in"]}, AT, durability="sync")
+    zombies = 0
+    for state in [s async for s in app.aget_state_history(AT)]:
+        found = await b.saver.aget_tuple(state.config)
+        for task_id in {task_id for task_id, channel, _ in found.pending_writes}:
+            await thawed(world, 1).aput_writes(found.config, [("log", ["zombie"])], task_id)
+            zombies += 1
+    assert zombies >= 3
+    final = await app.aget_state(AT)
+    assert final.values["log"] == ["in", "first", "second", "third"]
