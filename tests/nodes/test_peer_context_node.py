@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypedDict
 import pytest
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, StateGraph
-from langgraph.types import RetryPolicy
+from langgraph.types import RetryPolicy, Send
 from pydantic import BaseModel
 
 from langgraph_peerctx import background
@@ -67,6 +67,31 @@ def test_the_same_graph_runs_in_sync() -> None:
 @pytest.mark.usefixtures("team")
 async def test_sync_inside_a_running_loop_as_in_a_notebook() -> None:
     check(graph().invoke(ABOUT, config()))
+
+
+def by_gather(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
+    """A reducer of the user's own: every report, under its gather."""
+    fresh = {right["correlation_id"]: right} if "correlation_id" in right else right
+    return {**left, **fresh}
+
+
+class FannedOut(State, total=False):
+    peer_context_report: Annotated[dict[str, Any], by_gather]
+
+
+@pytest.mark.usefixtures("team")
+async def test_several_in_one_step_bring_their_facts_and_reports() -> None:
+    builder = StateGraph(FannedOut)
+    builder.add_node(
+        "peer_context", PeerContextNode(expect=["inventory-agent"], timeout_seconds=10)
+    )
+    builder.add_conditional_edges(
+        START, lambda _: [Send("peer_context", ABOUT) for _ in range(3)], ["peer_context"]
+    )
+    state = await builder.compile(checkpointer=InMemorySaver()).ainvoke({}, config())
+    assert set(state["peer_context"]) == {"order-1"}
+    reports = state["peer_context_report"].values()
+    assert [report["coverage"]["complete"] for report in reports] == [True] * 3
 
 
 @pytest.mark.usefixtures("team")
