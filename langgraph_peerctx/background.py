@@ -173,14 +173,18 @@ class BackgroundRuntime:
                     await self._responder.unhost(handler)
 
     async def _close(self) -> None:
-        try:
-            async with asyncio.timeout(STOP_TIMEOUT_SECONDS), self._hosting:
-                if self._responder is not None:
-                    await self._responder.unhost(*(handler for handler, _ in self._hosted.values()))
-                self._hosted.clear()
-                await self._runtime.close()
-        except (PeerContextError, TimeoutError):
-            _logger.exception("the peer context runtime did not stop well")
+        for close in (self._unhost_all, self._runtime.close):  # the second whatever the first does
+            try:
+                async with asyncio.timeout(STOP_TIMEOUT_SECONDS / 2):
+                    await close()
+            except (PeerContextError, TimeoutError):
+                _logger.exception("the peer context runtime did not stop well")
+
+    async def _unhost_all(self) -> None:
+        async with self._hosting:
+            if self._responder is not None:
+                await self._responder.unhost(*(handler for handler, _ in self._hosted.values()))
+            self._hosted.clear()
 
 
 async def _do(work: Work[T], runtime: PeerContextRuntime) -> T:

@@ -219,6 +219,33 @@ async def test_an_agent_whose_store_cannot_be_opened_is_not_hosted(tmp_path: Pat
     await lease.arelease()
 
 
+async def test_stopped_while_an_agent_is_being_hosted_it_closes_its_runtime_all_the_same(
+    hosting: background.BackgroundRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, closed = threading.Event(), threading.Event()
+
+    async def never(*_: Any, **__: Any) -> Any:
+        began.set()
+        await asyncio.Event().wait()
+
+    close = PeerContextRuntime.close
+
+    async def seen(self: PeerContextRuntime) -> None:
+        await close(self)
+        closed.set()
+
+    monkeypatch.setattr(background, "ready_handler", never)
+    monkeypatch.setattr(background, "STOP_TIMEOUT_SECONDS", 0.4)
+    monkeypatch.setattr(PeerContextRuntime, "close", seen)
+    being_hosted = asyncio.create_task(hosting.host("a"))
+    assert await asyncio.to_thread(began.wait, 5)
+    await asyncio.to_thread(hosting.stop)
+    assert closed.is_set()
+    async with asyncio.timeout(5):
+        await asyncio.wait({being_hosted})
+    assert being_hosted.cancelled()
+
+
 FORKED = """
 import os, sys
 from langgraph_peerctx import background

@@ -219,6 +219,7 @@ class GatherSteps:
             known.take(response)
         if expect and not known.missing:
             return
+        await gather.inbox.positioned()  # else a fast peer's answer is lost, and nothing says so
         await self._gatherer.send(request, _addressees(known.missing if known.responses else ()))
 
     async def _gather(self, request: ContextRequest, since: Offsets) -> _Open:

@@ -179,8 +179,10 @@ class ContextResponder:
         """Let others know that we answer, and for whom; only once we can."""
         if (presence := self._borrowed_presence) is not None:
             presence.speak_for(lambda: self.agents)
-            yield presence
-            presence.speak_for(tuple)
+            try:
+                yield presence
+            finally:
+                presence.speak_for(tuple)
             return
         own = Presence(
             transport, self.settings, self.incarnation, agents=lambda: self.agents, listens=False
@@ -600,7 +602,7 @@ class AgentContextServiceManager:
 
         A service belongs to the event loop that started it: of a loop that has ended there is none.
         """
-        for loop, registered in self._by_loop.items():
+        for loop, registered in list(self._by_loop.items()):  # other threads may register
             if agent_id in registered.services and not loop.is_closed():
                 return registered.services[agent_id]
         return None

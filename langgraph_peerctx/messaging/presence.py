@@ -86,8 +86,9 @@ class Presence:
                 await self._beat(leaving=True)
         except (PeerContextError, TimeoutError) as error:
             _logger.info("nobody could be told that we leave: %s", error)
-        if self._subscription is not None:
-            await self._subscription.close()
+        finally:
+            if self._subscription is not None:
+                await self._subscription.close()
 
     def speak_for(self, agents: Callable[[], Sequence[str]]) -> None:
         """Say from now on that the process hosts these agents, beginning at once."""
@@ -140,9 +141,10 @@ class Presence:
                 process_id=self._settings.process_id,
                 incarnation=self.roster.incarnation,
                 sequence=self._sequence,
-                agents=tuple(self._agents())[:1_000],
-                open_runs=self._open_runs(),
-                loop_lag_seconds=max(0.0, self._loop_lag_seconds()),
+                # A last word says no more: what it would ask may be gone already.
+                agents=() if leaving else tuple(self._agents())[:1_000],
+                open_runs=0 if leaving else self._open_runs(),
+                loop_lag_seconds=0.0 if leaving else max(0.0, self._loop_lag_seconds()),
                 leaving=leaving,
             ),
             max_bytes=self._settings.max_message_bytes,

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from fakes import FakeBroker, FakeTransport
+from fakes import FakeBroker, FakeSubscription, FakeTransport
 from gathering.fake_peers import SETTINGS, answer_to, peers, reply
 
 from langgraph_peerctx.config import PeerContextSettings
@@ -183,6 +183,22 @@ async def test_collecting_may_be_tried_again_and_has_a_window_of_its_own(
         )
     assert told(context) == ["a-1", "b-1", "c-1"]
     assert team.asked == [(), ("b", "c")]
+
+
+async def test_nothing_is_asked_before_the_answers_can_be_read(
+    broker: FakeBroker, team: Team, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def never(_self: Any) -> None:
+        await asyncio.Event().wait()
+
+    async with process(broker) as runtime:
+        request = question(runtime)
+        since = await runtime.steps.position(request)
+        with monkeypatch.context() as patch:
+            patch.setattr(FakeSubscription, "positioned", never)
+            asked = await runtime.steps.ask(request, since, NAMES, timeout_seconds=0.05)
+    assert team.asked == []
+    assert asked.trouble == "the broker did not confirm the request in time"
 
 
 async def test_names_that_a_request_cannot_carry_are_asked_with_everybody(

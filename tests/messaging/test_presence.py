@@ -103,6 +103,23 @@ async def test_leaving_waits_for_no_broker_longer_than_a_second(broker: FakeBrok
     assert time.monotonic() - started < 1.5
 
 
+async def test_it_leaves_though_what_it_would_tell_is_gone(broker: FakeBroker) -> None:
+    gone: list[bool] = []
+
+    def agents() -> tuple[str, ...]:
+        if gone:
+            raise ZeroDivisionError
+        return ("a",)
+
+    presence = Presence(FakeTransport(broker), SETTINGS, "life-1", agents=agents)
+    await presence.start()
+    await until(lambda: beats(broker))
+    gone.append(True)
+    await presence.close()
+    assert beats(broker)[-1].leaving
+    assert broker.readers == []
+
+
 async def test_what_it_is_to_tell_may_fail_and_costs_one_beat(broker: FakeBroker) -> None:
     def agents() -> tuple[str, ...]:
         if len(beats(broker)) == 1:
