@@ -27,7 +27,7 @@ from langgraph_peerctx.errors import (
 from langgraph_peerctx.identifiers import check_id, new_id
 from langgraph_peerctx.messaging.context_handler import ContextRequestHandler
 from langgraph_peerctx.messaging.mock_transport import create_transport
-from langgraph_peerctx.messaging.presence import Presence
+from langgraph_peerctx.messaging.presence import Presence, Standing
 from langgraph_peerctx.messaging.producer import headers_of
 from langgraph_peerctx.messaging.topics import topics_for
 from langgraph_peerctx.messaging.transport import From, Record, Subscription, Transport
@@ -185,7 +185,11 @@ class ContextResponder:
                 presence.speak_for(tuple)
             return
         own = Presence(
-            transport, self.settings, self.incarnation, agents=lambda: self.agents, listens=False
+            transport,
+            self.settings,
+            self.incarnation,
+            standing=Standing(agents=lambda: self.agents),
+            listens=False,
         )
         await own.start()
         try:

@@ -4,7 +4,9 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.errors import PeerContextError
@@ -21,6 +23,25 @@ LEAVE_SECONDS = 1.0
 """The longest that leaving waits for the broker."""
 
 
+@dataclass(slots=True, kw_only=True)
+class Standing:
+    """What a process says of itself with each heartbeat; whoever knows better puts it in.
+
+    Attributes:
+        agents: Tells which agents it hosts.
+        open_runs: Tells how many runs are open.
+        loop_lag_seconds: Tells how long the agents' loop has not answered.
+        supervises: Whether it recovers others.
+        sentinel_id: Who would see it die, if anybody.
+    """
+
+    agents: Callable[[], Sequence[str]] = tuple
+    open_runs: Callable[[], int] = int
+    loop_lag_seconds: Callable[[], float] = float
+    supervises: bool = False
+    sentinel_id: str | None = None
+
+
 class Presence:
     """One process's heartbeats, one each interval, and the roster of all; on the transport's loop.
 
@@ -28,9 +49,7 @@ class Presence:
         transport: Borrowed, started.
         settings: Process id, topic, interval and pause.
         incarnation: This life of the process.
-        agents: Tells which agents the process hosts.
-        open_runs: Tells how many runs are open.
-        loop_lag_seconds: Tells how long the agents' loop has not answered.
+        standing: What it says of itself; it may change while it beats.
         listens: Whether to keep the roster; who only answers needs none, and it costs reading all.
         clock: Seconds that only rise.
     """
@@ -41,17 +60,13 @@ class Presence:
         settings: PeerContextSettings,
         incarnation: str,
         *,
-        agents: Callable[[], Sequence[str]] = tuple,
-        open_runs: Callable[[], int] = int,
-        loop_lag_seconds: Callable[[], float] = float,
+        standing: Standing | None = None,
         listens: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._transport = transport
         self._settings = settings
-        self._agents = agents
-        self._open_runs = open_runs
-        self._loop_lag_seconds = loop_lag_seconds
+        self.standing: Standing = standing or Standing()
         self._listens = listens
         self._sequence = 0
         self._subscription: Subscription | None = None
@@ -92,7 +107,7 @@ class Presence:
 
     def speak_for(self, agents: Callable[[], Sequence[str]]) -> None:
         """Say from now on that the process hosts these agents, beginning at once."""
-        self._agents = agents
+        self.standing.agents = agents
         self.beat_now()
 
     def beat_now(self) -> None:
@@ -131,6 +146,16 @@ class Presence:
         except TimeoutError:
             _logger.info("the presence topic cannot be read yet: %s", self._subscription.lost)
 
+    def _said(self) -> dict[str, Any]:
+        said = self.standing
+        return {
+            "agents": tuple(said.agents())[:1_000],
+            "open_runs": said.open_runs(),
+            "loop_lag_seconds": max(0.0, said.loop_lag_seconds()),
+            "supervises": said.supervises,
+            "sentinel_id": said.sentinel_id,
+        }
+
     async def _beat(self, *, leaving: bool = False) -> None:
         self._sequence += 1
         await publish(
@@ -142,10 +167,8 @@ class Presence:
                 incarnation=self.roster.incarnation,
                 sequence=self._sequence,
                 # A last word says no more: what it would ask may be gone already.
-                agents=() if leaving else tuple(self._agents())[:1_000],
-                open_runs=0 if leaving else self._open_runs(),
-                loop_lag_seconds=0.0 if leaving else max(0.0, self._loop_lag_seconds()),
                 leaving=leaving,
+                **({} if leaving else self._said()),
             ),
             max_bytes=self._settings.max_message_bytes,
         )

@@ -133,7 +133,10 @@ class ContextResponse(Envelope):
 
 
 class Heartbeat(Envelope):
-    """One process is alive; `leaving` is its last word. Beats are ordered by `sequence`."""
+    """One process is alive; `leaving` is its last word. Beats are ordered by `sequence`.
+
+    `supervises` says that it recovers others, `sentinel_id` who would see it die.
+    """
 
     message_type: Literal["HEARTBEAT"] = "HEARTBEAT"
     process_id: Identifier
@@ -142,6 +145,8 @@ class Heartbeat(Envelope):
     agents: Annotated[tuple[Identifier, ...], Field(max_length=1_000)] = ()
     open_runs: Count = 0
     loop_lag_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    supervises: bool = False
+    sentinel_id: Identifier | None = None
     leaving: bool = False
 
 

@@ -11,7 +11,7 @@ from fakes import FakeBroker, FakeTransport
 
 from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.errors import BrokerUnavailableError
-from langgraph_peerctx.messaging.presence import Presence
+from langgraph_peerctx.messaging.presence import Presence, Standing
 from langgraph_peerctx.protocol.codec import decode
 from langgraph_peerctx.protocol.messages import Heartbeat
 
@@ -47,9 +47,13 @@ async def test_it_beats_with_what_others_should_know_and_says_when_it_leaves(
         FakeTransport(broker),
         SETTINGS,
         "life-1",
-        agents=lambda: ("a", "b"),
-        open_runs=lambda: 2,
-        loop_lag_seconds=lambda: 0.25,
+        standing=Standing(
+            agents=lambda: ("a", "b"),
+            open_runs=lambda: 2,
+            loop_lag_seconds=lambda: 0.25,
+            supervises=True,
+            sentinel_id="sentinel-1",
+        ),
     )
     await presence.start()
     await until(lambda: presence.roster.is_warm)
@@ -59,6 +63,7 @@ async def test_it_beats_with_what_others_should_know_and_says_when_it_leaves(
     assert {(b.process_id, b.incarnation) for b in told} == {("process-1", "life-1")}
     assert [b.sequence for b in told] == list(range(1, len(told) + 1))
     assert (told[0].agents, told[0].open_runs, told[0].loop_lag_seconds) == (("a", "b"), 2, 0.25)
+    assert (told[0].supervises, told[0].sentinel_id) == (True, "sentinel-1")
     assert [b.leaving for b in told] == [False] * (len(told) - 1) + [True]
     assert broker.readers == []
 
@@ -111,7 +116,7 @@ async def test_it_leaves_though_what_it_would_tell_is_gone(broker: FakeBroker) -
             raise ZeroDivisionError
         return ("a",)
 
-    presence = Presence(FakeTransport(broker), SETTINGS, "life-1", agents=agents)
+    presence = Presence(FakeTransport(broker), SETTINGS, "life-1", standing=Standing(agents=agents))
     await presence.start()
     await until(lambda: beats(broker))
     gone.append(True)
@@ -127,7 +132,7 @@ async def test_what_it_is_to_tell_may_fail_and_costs_one_beat(broker: FakeBroker
             raise ZeroDivisionError
         return ()
 
-    presence = Presence(FakeTransport(broker), SETTINGS, "life-1", agents=agents)
+    presence = Presence(FakeTransport(broker), SETTINGS, "life-1", standing=Standing(agents=agents))
     await presence.start()
     await until(lambda: len(beats(broker)) >= 4)
     await presence.close()
