@@ -23,6 +23,7 @@ from langgraph_peerctx.identifiers import Identifier, check_id
 MockMode = Literal["auto", "always", "never"]
 SecurityProtocol = Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"]
 SaslMechanism = Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"]
+SentinelMode = Literal["auto", "connect", "off"]
 TopicName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,184}$")]
 """Kafka allows 249 characters; a response topic adds a dot and an id of up to 64."""
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
@@ -206,6 +207,18 @@ class PeerContextSettings(EnvironmentSettings):
     heartbeat_pause_seconds: Seconds = Field(
         default=3.0, validation_alias="PEER_CONTEXT_HEARTBEAT_PAUSE_SECONDS"
     )
+    stuck_seconds: Seconds = Field(default=300.0, validation_alias="PEER_CONTEXT_STUCK_SECONDS")
+    sentinel: SentinelMode = Field(default="auto", validation_alias="PEER_CONTEXT_SENTINEL")
+    sentinel_directory: str | None = Field(
+        default=None, validation_alias="PEER_CONTEXT_SENTINEL_DIRECTORY"
+    )
+    max_attempts: int = Field(
+        default=5, ge=1, le=1_000, validation_alias="PEER_CONTEXT_MAX_ATTEMPTS"
+    )
+    max_recoveries: int = Field(
+        default=8, ge=1, le=1_000, validation_alias="PEER_CONTEXT_MAX_RECOVERIES"
+    )
+    sweep_seconds: Seconds = Field(default=10.0, validation_alias="PEER_CONTEXT_SWEEP_SECONDS")
     time_window_seconds: Seconds = Field(
         default=3_600.0, validation_alias="PEER_CONTEXT_TIME_WINDOW_SECONDS"
     )
@@ -234,6 +247,16 @@ class PeerContextSettings(EnvironmentSettings):
         """The control database's address: by default the event store's."""
         return self.control_database_url or self.database_url
 
+    @property
+    def silence_seconds(self) -> float:
+        """How long a heartbeat may stay away, interval and pause together."""
+        return self.heartbeat_interval_seconds + self.heartbeat_pause_seconds
+
+    @property
+    def lease_seconds(self) -> float:
+        """How long a lease lives without being renewed: twice the silence that is acceptable."""
+        return 2 * self.silence_seconds
+
 
 __all__ = [
     "EnvironmentSettings",
@@ -242,5 +265,6 @@ __all__ = [
     "PeerContextSettings",
     "SaslMechanism",
     "SecurityProtocol",
+    "SentinelMode",
     "default_process_id",
 ]

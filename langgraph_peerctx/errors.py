@@ -16,6 +16,7 @@ cross a process boundary whole.
     └── RecoveryError                 a workflow cannot be recovered
         ├── UnknownChannelError       an update names a channel that the workflow lacks
         ├── StaleOwnerError           another owner has taken this thread over
+        ├── ThreadBusyError           another owner is at work, or an earlier run has not ended
         └── InDoubtError              nobody can tell whether an effect happened
 """
 
@@ -118,6 +119,10 @@ class StaleOwnerError(RecoveryError):
     """Another owner has taken this thread over; this one may no longer write."""
 
     is_stale_write_owner_error = True
+
+
+class ThreadBusyError(RecoveryError):
+    """A thread has an owner that is at work, or a run that has not ended; nothing was begun."""
 
 
 class InDoubtError(RecoveryError):

@@ -7,8 +7,18 @@ clock may be ahead. Pending writes are stored under a task id with the epoch in 
 share the id of a task; of one task the writes of the highest epoch count, whole.
 """
 
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, Protocol, Self
+import copy
+import sys
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from typing import Any, Protocol, Self, TypeVar
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import (
@@ -20,7 +30,10 @@ from langgraph.checkpoint.base import (
     PendingWrite,
 )
 
+from langgraph_peerctx.durability.ownership import process_fence
 from langgraph_peerctx.errors import ConfigurationError, StaleOwnerError
+
+T = TypeVar("T")
 
 EPOCH = "peerctx_epoch"
 """The key of a checkpoint's metadata that holds its writer's epoch."""
@@ -62,13 +75,13 @@ class FencedCheckpointer(BaseCheckpointSaver[Any]):
 
     Args:
         saver: The checkpointer that keeps what is written.
-        fence: Who may write.
+        fence: Who may write; by default what this process's runtime owns.
 
     Raises, when it writes:
         StaleOwnerError: If the thread is another owner's by now.
     """
 
-    def __new__(cls, saver: BaseCheckpointSaver[Any], fence: Fence) -> Self:
+    def __new__(cls, saver: BaseCheckpointSaver[Any], fence: Fence | None = None) -> Self:
         """Return one that has the optional methods that the saver has, and no other."""
         del fence
         if not isinstance(saver, BaseCheckpointSaver):
@@ -80,9 +93,10 @@ class FencedCheckpointer(BaseCheckpointSaver[Any]):
         made: Self = super().__new__(_with_the_methods_of(cls, type(saver)))
         return made
 
-    def __init__(self, saver: BaseCheckpointSaver[Any], fence: Fence) -> None:
+    def __init__(self, saver: BaseCheckpointSaver[Any], fence: Fence | None = None) -> None:
         self._saver = saver
-        self._fence = fence
+        self._fence: Fence = fence or process_fence
+        self._transactions = _transactions_of(saver, self._fence)
 
     @property
     def serde(self) -> Any:  # type: ignore[override]  # an attribute there, the saver's here
@@ -103,7 +117,19 @@ class FencedCheckpointer(BaseCheckpointSaver[Any]):
     ) -> BaseCheckpointSaver[Any]:
         """Return one around the saver's clone: LangGraph clones what it compiles with."""
         saver = self._saver.with_allowlist(extra_allowlist)
-        return self if saver is self._saver else type(self)(saver, self._fence)
+        if saver is self._saver:
+            return self
+        clone = copy.copy(self)  # on the same connections
+        clone._saver = saver  # noqa: SLF001 - our own
+        return clone
+
+    async def aclose(self) -> None:
+        """Close the fence's own connections, if it has any; without it, they go when this goes.
+
+        The saver is its owner's. Safe to call twice, and to write afterwards.
+        """
+        if self._transactions is not None:
+            await self._transactions.aclose()
 
     # Reading: the head is the newest of the highest epoch.
 
@@ -165,6 +191,10 @@ class FencedCheckpointer(BaseCheckpointSaver[Any]):
         new_versions: ChannelVersions,
     ) -> RunnableConfig:
         """Store a checkpoint under our epoch; see `BaseCheckpointSaver.put`."""
+        if self._transactions is not None:
+            return self._transactions.wait_for(
+                self.aput(config, checkpoint, metadata, new_versions)
+            )
         epoch = self._fence.may_write(_thread(config))
         return self._saver.put(config, checkpoint, _stamped(metadata, epoch), new_versions)
 
@@ -176,8 +206,11 @@ class FencedCheckpointer(BaseCheckpointSaver[Any]):
         new_versions: ChannelVersions,
     ) -> RunnableConfig:
         """See `put`."""
-        epoch = await self._fence.amay_write(_thread(config))
-        return await self._saver.aput(config, checkpoint, _stamped(metadata, epoch), new_versions)
+
+        async def write(saver: BaseCheckpointSaver[Any], epoch: int | None) -> RunnableConfig:
+            return await saver.aput(config, checkpoint, _stamped(metadata, epoch), new_versions)
+
+        return await self._awrite(_thread(config), write)
 
     def put_writes(
         self,
@@ -187,8 +220,10 @@ class FencedCheckpointer(BaseCheckpointSaver[Any]):
         task_path: str = "",
     ) -> None:
         """Store a task's writes under our epoch; see `BaseCheckpointSaver.put_writes`."""
+        if self._transactions is not None:
+            return self._transactions.wait_for(self.aput_writes(config, writes, task_id, task_path))
         epoch = self._fence.may_write(_thread(config))
-        self._saver.put_writes(config, writes, _marked(task_id, epoch), task_path)
+        return self._saver.put_writes(config, writes, _marked(task_id, epoch), task_path)
 
     async def aput_writes(
         self,
@@ -198,8 +233,38 @@ class FencedCheckpointer(BaseCheckpointSaver[Any]):
         task_path: str = "",
     ) -> None:
         """See `put_writes`."""
-        epoch = await self._fence.amay_write(_thread(config))
-        await self._saver.aput_writes(config, writes, _marked(task_id, epoch), task_path)
+
+        async def write(saver: BaseCheckpointSaver[Any], epoch: int | None) -> None:
+            await saver.aput_writes(config, writes, _marked(task_id, epoch), task_path)
+
+        await self._awrite(_thread(config), write)
+
+    async def _awrite(
+        self,
+        thread_id: str,
+        write: Callable[[BaseCheckpointSaver[Any], int | None], Awaitable[T]],
+    ) -> T:
+        """Write in one transaction with the lease where that can be had, or else after a look."""
+        if self._transactions is not None:
+            ownership = await self._transactions.ownership(self._saver)
+            if ownership is not None:
+                made: T = await self._transactions.write(self._saver, ownership, thread_id, write)
+                return made
+        return await write(self._saver, await self._fence.amay_write(thread_id))
+
+
+def _transactions_of(saver: Any, fence: Any) -> Any:
+    """Return what writes a saver's checkpoints together with the leases; None if nothing can."""
+    postgres = sys.modules.get("langgraph.checkpoint.postgres.aio")  # who has such a saver, has it
+    if postgres is None or not isinstance(saver, postgres.AsyncPostgresSaver):
+        return None
+    if not hasattr(fence, "aownership"):
+        return None
+    from langgraph_peerctx.durability.postgres_fence import (  # noqa: PLC0415 - an optional extra
+        SharedTransactions,
+    )
+
+    return SharedTransactions(saver, fence)
 
 
 def _with_the_methods_of(

@@ -9,7 +9,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from sqlalchemy import BigInteger, Row, bindparam, case, literal_column, or_, select, update
+from sqlalchemy import (
+    BigInteger,
+    Connection,
+    Row,
+    bindparam,
+    case,
+    func,
+    literal_column,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.sql.elements import ColumnElement
 
 from langgraph_peerctx.errors import ConfigurationError
@@ -25,6 +36,11 @@ _CLOCKS = {
     "sqlite": "CAST((julianday('now') - 2440587.5) * 86400000000 AS INTEGER)",
     "postgresql": "(extract(epoch from clock_timestamp()) * 1000000)::bigint",
 }
+
+_BESIDE = select(
+    func.pg_try_advisory_xact_lock(bindparam("key", type_=BigInteger)).label("was_free"),
+    literal_column("to_regclass('peerctx_leases')::oid::bigint").label("number"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,32 +105,37 @@ class Leases(Database):
             ConfigurationError: If the time is no positive number.
             StoreError: If the database failed.
         """
-        if not 0 < ttl_seconds <= LONGEST_SECONDS:
-            raise ConfigurationError(
-                f"ttl_seconds={ttl_seconds!r:.40} should be more than 0, and a day at most"
-            )
-        row = {
-            "agent_id": check_id(agent_id, "agent_id"),
-            "thread_id": plain_text(thread_id),
-            "owner_id": check_id(owner_id, "owner_id"),
-            "owner_incarnation": plain_text(incarnation),
-            "run_id": run_id,
-            "ttl": int(ttl_seconds * _MICROSECONDS),
-            "dead": dead_incarnation,
-        }
-        statement = self._claiming()
-        found = self._work(lambda connection: connection.execute(statement, row).all())
-        return self._read_leases(found)[0] if found else None
+        claimed = partial(
+            self._claim,
+            agent_id=agent_id,
+            thread_id=thread_id,
+            owner_id=owner_id,
+            incarnation=incarnation,
+            ttl_seconds=ttl_seconds,
+            run_id=run_id,
+            dead_incarnation=dead_incarnation,
+        )
+        return self._work(claimed)
 
-    def renew(self, incarnation: str, *, ttl_seconds: float) -> list[Lease]:
+    def renew(
+        self, incarnation: str, *, ttl_seconds: float, but: Sequence[str] = ()
+    ) -> list[Lease]:
         """Renew all that one life of a process still owns, with one statement.
 
         What it owned and is not in the result, has another owner by now.
+
+        Args:
+            incarnation: Whose leases.
+            ttl_seconds: Until they expire, unless they are renewed again.
+            but: Threads that are not to be renewed.
         """
         expires_at = self._now + bindparam("ttl", type_=BigInteger)
         statement = (
             update(leases)
-            .where(leases.c.owner_incarnation == bindparam("owner"))
+            .where(
+                leases.c.owner_incarnation == bindparam("owner"),
+                leases.c.thread_id.not_in([plain_text(thread_id) for thread_id in but]),
+            )
             .values(expires_at=expires_at)
             .returning(*self._columns())
         )
@@ -152,6 +173,17 @@ class Leases(Database):
         """Return what one life of a process owns."""
         return self._leases_where(leases.c.owner_incarnation == incarnation)
 
+    def table_beside(self, advisory_lock: int) -> int | None:
+        """Return the table's number if another session in this database has an advisory lock.
+
+        Who took one that nobody else can know of, learns whether we are in the same database. None
+        if we are not, and on SQLite.
+        """
+        if self._is_sqlite:
+            return None
+        (found,) = self._rows(_BESIDE, key=advisory_lock)
+        return None if found.was_free else int(found.number)
+
     def expired_leases(self, *, limit: int = 1_000) -> list[Lease]:
         """Return leases that have an owner and have expired, longest expired first."""
         return self._leases_where(
@@ -165,9 +197,13 @@ class Leases(Database):
         """See `claim`."""
         return await self.in_thread(partial(self.claim, agent_id, thread_id, **options))
 
-    async def arenew(self, incarnation: str, *, ttl_seconds: float) -> list[Lease]:
+    async def arenew(
+        self, incarnation: str, *, ttl_seconds: float, but: Sequence[str] = ()
+    ) -> list[Lease]:
         """See `renew`."""
-        return await self.in_thread(partial(self.renew, incarnation, ttl_seconds=ttl_seconds))
+        return await self.in_thread(
+            partial(self.renew, incarnation, ttl_seconds=ttl_seconds, but=but)
+        )
 
     async def arelease(self, agent_id: str, thread_id: str, *, incarnation: str) -> bool:
         """See `release`."""
@@ -186,9 +222,42 @@ class Leases(Database):
         """See `leases_owned_by`."""
         return await self.in_thread(partial(self.leases_owned_by, incarnation))
 
+    async def atable_beside(self, advisory_lock: int) -> int | None:
+        """See `table_beside`."""
+        return await self.in_thread(partial(self.table_beside, advisory_lock))
+
     async def aexpired_leases(self, *, limit: int = 1_000) -> list[Lease]:
         """See `expired_leases`."""
         return await self.in_thread(partial(self.expired_leases, limit=limit))
+
+    def _claim(
+        self,
+        connection: Connection,
+        *,
+        agent_id: str,
+        thread_id: str,
+        owner_id: str,
+        incarnation: str,
+        ttl_seconds: float,
+        run_id: str | None,
+        dead_incarnation: str | None,
+    ) -> Lease | None:
+        """Claim on a connection that may have a transaction open; see `claim`."""
+        if not 0 < ttl_seconds <= LONGEST_SECONDS:
+            raise ConfigurationError(
+                f"ttl_seconds={ttl_seconds!r:.40} should be more than 0, and a day at most"
+            )
+        row = {
+            "agent_id": check_id(agent_id, "agent_id"),
+            "thread_id": plain_text(thread_id),
+            "owner_id": check_id(owner_id, "owner_id"),
+            "owner_incarnation": plain_text(incarnation),
+            "run_id": run_id,
+            "ttl": int(ttl_seconds * _MICROSECONDS),
+            "dead": dead_incarnation,
+        }
+        found = connection.execute(self._claiming(), row).all()
+        return self._read_leases(found)[0] if found else None
 
     @property
     def _now(self) -> ColumnElement[int]:

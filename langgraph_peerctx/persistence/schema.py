@@ -188,6 +188,7 @@ run_inputs: Table = Table(
     Column("input_type", Text, nullable=False),
     Column("input", LargeBinary, nullable=False),
     Column("admitted_at", BigInteger, nullable=False),
+    Column("checkpoint_id", Text),  # where the thread stood when it came
     PrimaryKeyConstraint("run_id", "number"),
     comment="What a run was given, in order: its input first, then each answer of a human.",
 )
@@ -246,5 +247,6 @@ incidents: Table = Table(
         name="status",
     ),
     Index("ix_peerctx_incidents_due", "status", "next_attempt_at"),
+    Index("ix_peerctx_incidents_run", "agent_id", "thread_id", "run_id"),
     comment="One row a failure: attempts, dead letter, question to a human, result, report.",
 )

@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal, NotRequired, Required, Union, get_ar
 from langgraph.channels import AnyValue, EphemeralValue, LastValue, UntrackedValue
 from langgraph.channels.base import BaseChannel
 
+from langgraph_peerctx.durability.workflow import Workflow, state_keys
 from langgraph_peerctx.nodes.state import merge_peer_context
 from langgraph_peerctx.protocol.messages import Json
-from langgraph_peerctx.reconstruction.workflow import Workflow, state_keys
 
 Shape = Literal["mapping", "list"]
 

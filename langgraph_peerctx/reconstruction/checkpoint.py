@@ -22,6 +22,14 @@ from langgraph.pregel import Pregel
 from langgraph.types import PregelTask, StateSnapshot
 from pydantic import JsonValue
 
+from langgraph_peerctx.durability.isolation import in_empty_context
+from langgraph_peerctx.durability.workflow import (
+    Workflow,
+    checkpointer_of,
+    compiled,
+    is_functional,
+    state_keys,
+)
 from langgraph_peerctx.errors import (
     ConfigurationError,
     PeerContextError,
@@ -30,14 +38,6 @@ from langgraph_peerctx.errors import (
     StoreError,
 )
 from langgraph_peerctx.protocol.messages import Json
-from langgraph_peerctx.reconstruction.isolation import in_empty_context
-from langgraph_peerctx.reconstruction.workflow import (
-    Workflow,
-    checkpointer_of,
-    compiled,
-    is_functional,
-    state_keys,
-)
 
 CheckpointStatus = Literal[
     "no_checkpointer", "no_checkpoint", "finished", "interrupted_work", "waiting_for_human"

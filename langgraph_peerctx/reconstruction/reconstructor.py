@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from langchain_core.runnables import RunnableConfig
 
 from langgraph_peerctx.config import PeerContextSettings
+from langgraph_peerctx.durability.workflow import Workflow, compiled, thread_config
 from langgraph_peerctx.gathering.gatherer import OnAnswer
 from langgraph_peerctx.identifiers import check_id
 from langgraph_peerctx.protocol.messages import InDoubtKey
@@ -21,7 +22,6 @@ from langgraph_peerctx.reconstruction.sources import (
     collect_own_events,
     open_sources,
 )
-from langgraph_peerctx.reconstruction.workflow import Workflow, compiled, thread_config
 
 
 class AgentReconstructor:

@@ -9,17 +9,17 @@ from langchain_core.runnables import RunnableConfig
 from langgraph.types import Durability
 
 from langgraph_peerctx.config import PeerContextSettings
+from langgraph_peerctx.durability.isolation import in_empty_context
+from langgraph_peerctx.durability.workflow import Workflow, compiled, thread_config
 from langgraph_peerctx.gathering.gatherer import OnAnswer
 from langgraph_peerctx.identifiers import check_id
 from langgraph_peerctx.nodes.on_runtime import Update, Work
 from langgraph_peerctx.nodes.peer_context_subgraph import Limits
 from langgraph_peerctx.protocol.messages import InDoubtKey
 from langgraph_peerctx.reconstruction.incident import IncidentRecord, OnStep
-from langgraph_peerctx.reconstruction.isolation import in_empty_context
 from langgraph_peerctx.reconstruction.recovery_graph import RecoveryPlan, RecoverySteps
 from langgraph_peerctx.reconstruction.resume import RecoveryStatus
 from langgraph_peerctx.reconstruction.sources import ContextRuntime
-from langgraph_peerctx.reconstruction.workflow import Workflow, compiled, thread_config
 from langgraph_peerctx.runtime import PeerContextRuntime
 
 

@@ -22,6 +22,14 @@ from typing_extensions import TypedDict  # pydantic makes schemas of this one on
 
 from langgraph_peerctx import background
 from langgraph_peerctx.config import PeerContextSettings
+from langgraph_peerctx.durability.workflow import (
+    Workflow,
+    check_initial_state,
+    compiled,
+    of_run,
+    safest_durability,
+    thread_config,
+)
 from langgraph_peerctx.errors import BrokerUnavailableError, PeerContextError
 from langgraph_peerctx.gathering.gatherer import OnAnswer
 from langgraph_peerctx.gathering.peer_context import PeerContext
@@ -59,14 +67,6 @@ from langgraph_peerctx.reconstruction.sources import (
     collect_own_events,
     existing_store,
     nobody_asked,
-)
-from langgraph_peerctx.reconstruction.workflow import (
-    Workflow,
-    check_initial_state,
-    compiled,
-    of_run,
-    safest_durability,
-    thread_config,
 )
 
 _logger = logging.getLogger(__name__)

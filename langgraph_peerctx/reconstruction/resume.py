@@ -9,10 +9,10 @@ from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.serde.types import ERROR, INTERRUPT
 from langgraph.types import Command, Durability
 
+from langgraph_peerctx.durability.isolation import in_empty_context
+from langgraph_peerctx.durability.workflow import Workflow, input_keys
 from langgraph_peerctx.reconstruction.channel import peer_channel
 from langgraph_peerctx.reconstruction.checkpoint import CheckpointView
-from langgraph_peerctx.reconstruction.isolation import in_empty_context
-from langgraph_peerctx.reconstruction.workflow import Workflow, input_keys
 
 _logger = logging.getLogger(__name__)
 

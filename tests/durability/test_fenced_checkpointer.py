@@ -22,7 +22,7 @@ from typing_extensions import TypedDict
 
 from langgraph_peerctx.durability.fenced_checkpointer import EPOCH, FencedCheckpointer
 from langgraph_peerctx.durability.ownership import Ownership
-from langgraph_peerctx.errors import ConfigurationError, StaleOwnerError
+from langgraph_peerctx.errors import ConfigurationError, StaleOwnerError, StoreError
 from langgraph_peerctx.persistence.leases import Leases
 
 AGENT, THREAD = "agent", "thread-1"
@@ -186,17 +186,42 @@ async def test_who_was_replaced_is_refused(world: World) -> None:
     assert await head(a.saver) == "b"
 
 
-async def test_a_lease_that_was_not_renewed_in_time_is_not_written_under(world: World) -> None:
-    """Two thirds of its life by our own clock: before anybody else may take it."""
-    a = world.process("a", ttl=0.3)
+async def test_an_owner_that_comes_back_to_an_unchanged_epoch_renews_and_goes_on(
+    world: World,
+) -> None:
+    """Its lease is old by its own clock, expired by the database's, and nobody's yet."""
+    a = world.process("a", ttl=0.2)
     await a.claim()
     await put(a.saver, "x")
-    await asyncio.sleep(0.21)
-    with pytest.raises(StaleOwnerError, match="not renewed in time"):
-        await put(a.saver, "y")
-    assert await a.ownership.renew() == ()
+    await asyncio.sleep(0.3)
     await put(a.saver, "y")
     assert await head(a.saver) == "y"
+    (lease,) = world.leases.leases_of_thread(THREAD)
+    assert (lease.epoch, lease.is_free) == (1, False)
+
+
+async def test_a_lease_that_cannot_be_renewed_is_not_written_under(world: World) -> None:
+    a = world.process("a", ttl=0.2)
+    await a.claim()
+    await put(a.saver, "x")
+    await asyncio.sleep(0.3)
+    world.leases.close()
+    with pytest.raises(StoreError):
+        await put(a.saver, "y")
+    found = await world.saver.aget_tuple(AT)
+    assert found is not None
+    assert found.checkpoint["channel_values"] == {"value": "x"}
+
+
+async def test_an_owner_that_comes_back_too_late_is_refused(world: World) -> None:
+    a, b = world.process("a", ttl=0.2), world.process("b")
+    await a.claim()
+    await put(a.saver, "x")
+    await asyncio.sleep(0.3)
+    assert (await b.claim()).epoch == 2
+    with pytest.raises(StaleOwnerError, match="we held epoch 1"):
+        await put(a.saver, "y")
+    assert a.ownership.held == ()
 
 
 async def test_what_was_lost_is_told_at_the_renewal(world: World) -> None:

@@ -8,8 +8,7 @@ from langgraph.func import entrypoint
 from langgraph.graph import START, MessagesState, StateGraph
 from pydantic import BaseModel
 
-from langgraph_peerctx.errors import ConfigurationError, UnknownChannelError
-from langgraph_peerctx.reconstruction.workflow import (
+from langgraph_peerctx.durability.workflow import (
     check_initial_state,
     checkpointer_of,
     compiled,
@@ -20,6 +19,7 @@ from langgraph_peerctx.reconstruction.workflow import (
     state_keys,
     thread_config,
 )
+from langgraph_peerctx.errors import ConfigurationError, UnknownChannelError
 
 
 class Input(TypedDict):

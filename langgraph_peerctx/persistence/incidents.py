@@ -1,0 +1,385 @@
+"""One row a failure: who died, who recovers it, at which attempt, and how it ended.
+
+A recovery begins and ends in one transaction each, together with the lease and the run: of any
+number of recoverers one begins, and one that was superseded ends nothing.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from typing import Any, Literal, cast
+
+from pydantic_core import from_json
+from sqlalchemy import Connection, Row, select, update
+from sqlalchemy.sql.elements import ColumnElement
+
+from langgraph_peerctx.errors import ConfigurationError
+from langgraph_peerctx.identifiers import new_id
+from langgraph_peerctx.persistence.leases import Lease
+from langgraph_peerctx.persistence.rows import json_text, moment_at
+from langgraph_peerctx.persistence.runs import EndKind, LostRun, Owner, Run, Runs
+from langgraph_peerctx.persistence.schema import incidents, leases, runs
+from langgraph_peerctx.protocol.messages import Json
+
+IncidentStatus = Literal["open", "recovering", "waiting_for_human", "recovered", "dead_letter"]
+
+HANDED_OVER = "handed-over"
+"""Stands for the dead incarnation where nobody died: the run was given back."""
+
+_MICROSECONDS = 1_000_000
+_JSON = ("question", "answer", "result", "report")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Incident:
+    """A failure and its recovery.
+
+    Attributes:
+        dead_incarnation: The life of a process that lost the thread; `handed-over` if it gave it.
+        lost_epoch: Under which epoch.
+        status: `open` waits for an attempt, `dead_letter` for a person.
+        attempts: How many were begun.
+        epoch: Under which the last one was.
+        recoverer_id: The process that began it.
+        question: What a human is asked, if `waiting_for_human`.
+        answer: What the human said, until it is used.
+        result: How the last attempt ended.
+        report: Its record.
+        next_attempt_at: Not before then.
+    """
+
+    incident_id: str
+    agent_id: str
+    thread_id: str
+    dead_incarnation: str
+    lost_epoch: int
+    run_id: str | None
+    status: IncidentStatus
+    attempts: int
+    epoch: int
+    recoverer_id: str | None
+    question: Json | None
+    answer: Json | None
+    result: Json | None
+    report: Json | None
+    opened_at: datetime
+    updated_at: datetime
+    next_attempt_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recovery:
+    """A recovery that was begun: the thread is the recoverer's.
+
+    Attributes:
+        lease: Under which it stands.
+        is_over: Whether it was put aside instead: it has had all its attempts.
+    """
+
+    lease: Lease
+    incident: Incident
+    run: Run
+    is_over: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settlement:
+    """How an attempt ended.
+
+    Attributes:
+        status: What becomes of the incident.
+        end_kind: How the run ended; `handed_over` leaves it open.
+        retry_seconds: Until the next attempt, if `open`.
+        counts: Whether it counts as an attempt: an outage is nobody's fault.
+    """
+
+    status: IncidentStatus
+    end_kind: EndKind
+    error: str | None = None
+    result: Mapping[str, Any] | None = None
+    report: Mapping[str, Any] | None = None
+    question: Mapping[str, Any] | None = None
+    retry_seconds: float = 0.0
+    counts: bool = True
+
+
+class ControlDatabase(Runs):
+    """What agents and recoverers share: leases, runs and incidents.
+
+    Safe to use from any thread; see `Database` for its arguments. Methods with `a` in front are for
+    a loop.
+    """
+
+    def begin_recovery(
+        self, lost: LostRun, owner: Owner, *, died: bool = False, max_attempts: int
+    ) -> Recovery | None:
+        """Take a lost run over, in one transaction: of any number at once, one succeeds.
+
+        Args:
+            lost: The run, as it was found.
+            owner: The recoverer.
+            died: Whether its owner is known to be dead: then its unexpired lease may be taken.
+            max_attempts: After so many the incident is a dead letter.
+
+        Returns:
+            None if somebody else has it, it has ended, or it is not the time.
+        """
+
+        def work(connection: Connection) -> Recovery | None:
+            incident = self._unfinished(connection, lost)
+            if incident is not None and not self._is_due(connection, incident):
+                return None
+            run = self._run(connection, runs.c.run_id == lost.run_id)
+            if run is None or not run.is_open or not self._is_still_lost(connection, lost, owner):
+                return None
+            lease = self._claim(
+                connection,
+                agent_id=lost.agent_id,
+                thread_id=lost.thread_id,
+                owner_id=owner.owner_id,
+                incarnation=owner.incarnation,
+                ttl_seconds=owner.ttl_seconds,
+                run_id=lost.run_id,
+                dead_incarnation=lost.owner_incarnation if died else None,
+            )
+            if lease is None:
+                return None
+            found = incident or self._open(connection, lost)
+            if found.attempts >= max_attempts:
+                self._update(connection, found.incident_id, status="dead_letter")
+                self._end(connection, run.run_id, "handed_over")
+                self._give_back(connection, lease)
+            else:
+                self._own(connection, run.run_id, owner, lease)
+                self._update(
+                    connection,
+                    found.incident_id,
+                    status="recovering",
+                    attempts=found.attempts + 1,
+                    epoch=lease.epoch,
+                    recoverer_id=owner.owner_id,
+                    next_attempt_at=None,
+                    question=None,
+                )
+            begun = self._incident(connection, incidents.c.incident_id == found.incident_id)
+            assert begun is not None  # noqa: S101 - written above
+            over = begun.status == "dead_letter"
+            return Recovery(lease=lease, incident=begun, run=run, is_over=over)
+
+        return self._work(work, transaction=True)
+
+    def settle(self, recovery: Recovery, how: Settlement) -> bool:
+        """Write down how an attempt ended and give the thread back, in one transaction.
+
+        Returns:
+            Whether it was still ours; otherwise nothing was written.
+        """
+
+        def work(connection: Connection) -> bool:
+            incident = recovery.incident
+            if not self._give_back(connection, recovery.lease):
+                return False
+            self._end(connection, recovery.run.run_id, how.end_kind, how.error)
+            wait = int(how.retry_seconds * _MICROSECONDS)
+            self._update(
+                connection,
+                incident.incident_id,
+                status=how.status,
+                attempts=incident.attempts - (0 if how.counts else 1),
+                answer=None,
+                question=_json(how.question),
+                result=_json(how.result),
+                report=_json(how.report),
+                next_attempt_at=self._now + wait if how.status == "open" else None,
+            )
+            return True
+
+        return self._work(work, transaction=True)
+
+    def note(self, lost: LostRun, result: Mapping[str, Any]) -> None:
+        """Open an incident that nobody here can recover, so that people see it, and why."""
+
+        def work(connection: Connection) -> None:
+            found = self._unfinished(connection, lost) or self._open(connection, lost)
+            if found.status == "open":
+                self._update(connection, found.incident_id, result=_json(result))
+
+        self._work(work, transaction=True)
+
+    def answer(self, incident_id: str, answer: object) -> Incident:
+        """Answer an incident's question; the next supervisor that looks goes on with it.
+
+        Args:
+            incident_id: Whose question.
+            answer: Plain JSON.
+
+        Raises:
+            ConfigurationError: If there is no such incident, or it asks nothing.
+        """
+        return self._moved_on(
+            incident_id,
+            {"waiting_for_human"},
+            "is not waiting for an answer",
+            answer=_json({"value": answer}),
+        )
+
+    def redrive(self, incident_id: str) -> Incident:
+        """Try a dead letter anew, with all its attempts.
+
+        Raises:
+            ConfigurationError: If there is no such incident, or it needs none.
+        """
+        return self._moved_on(
+            incident_id,
+            {"dead_letter", "open"},
+            "is neither a dead letter nor waiting for its next attempt",
+            attempts=0,
+        )
+
+    def incident(self, incident_id: str) -> Incident | None:
+        """Return an incident, by its id or by a beginning of it that no other has."""
+        pattern = incident_id.replace("\\", "\\\\").replace("%", r"\%").replace("_", r"\_") + "%"
+        found = self._incidents(incidents.c.incident_id.like(pattern, escape="\\"), limit=2)
+        exact = [one for one in found if one.incident_id == incident_id]
+        return exact[0] if exact else found[0] if len(found) == 1 else None
+
+    def incident_of(self, agent_id: str, thread_id: str) -> Incident | None:
+        """Return the newest incident of a thread."""
+        found = self._incidents(
+            incidents.c.agent_id == agent_id, incidents.c.thread_id == thread_id, limit=1
+        )
+        return found[0] if found else None
+
+    def all_incidents(
+        self, *, status: IncidentStatus | None = None, limit: int = 100
+    ) -> list[Incident]:
+        """Return incidents, newest first."""
+        asked = () if status is None else (incidents.c.status == status,)
+        return self._incidents(*asked, limit=limit)
+
+    async def abegin_recovery(
+        self, lost: LostRun, owner: Owner, *, died: bool = False, max_attempts: int
+    ) -> Recovery | None:
+        """See `begin_recovery`."""
+        return await self.in_thread(
+            partial(self.begin_recovery, lost, owner, died=died, max_attempts=max_attempts)
+        )
+
+    async def asettle(self, recovery: Recovery, how: Settlement) -> bool:
+        """See `settle`."""
+        return await self.in_thread(partial(self.settle, recovery, how))
+
+    async def aincident_of(self, agent_id: str, thread_id: str) -> Incident | None:
+        """See `incident_of`."""
+        return await self.in_thread(partial(self.incident_of, agent_id, thread_id))
+
+    def _moved_on(
+        self, incident_id: str, from_: set[str], otherwise: str, **values: Any
+    ) -> Incident:
+        found = self.incident(incident_id)
+        if found is None:
+            raise ConfigurationError(
+                f"there is no incident {incident_id!r:.80}: see `peerctx incidents list`"
+            )
+        if found.status not in from_:
+            raise ConfigurationError(
+                f"incident {found.incident_id} {otherwise}: it is {found.status}"
+            )
+
+        def work(connection: Connection) -> None:
+            self._update(
+                connection, found.incident_id, status="open", next_attempt_at=self._now, **values
+            )
+
+        self._work(work, transaction=True)
+        moved = self.incident(found.incident_id)
+        assert moved is not None  # noqa: S101 - incidents are never deleted
+        return moved
+
+    def _open(self, connection: Connection, lost: LostRun) -> Incident:
+        """Open an incident, or return it: the death of one incarnation under one epoch is one."""
+        key = {
+            "agent_id": lost.agent_id,
+            "thread_id": lost.thread_id,
+            "dead_incarnation": lost.owner_incarnation or HANDED_OVER,
+            "lost_epoch": lost.epoch,
+        }
+        once = self._insert_into(incidents).values(
+            incident_id=new_id(),
+            run_id=lost.run_id,
+            status="open",
+            attempts=0,
+            epoch=lost.epoch,
+            opened_at=self._now,
+            updated_at=self._now,
+            **key,
+        )
+        connection.execute(once.on_conflict_do_nothing())
+        opened = self._incident(connection, *(incidents.c[k] == v for k, v in key.items()))
+        assert opened is not None  # noqa: S101 - it is there now
+        return opened
+
+    def _unfinished(self, connection: Connection, lost: LostRun) -> Incident | None:
+        """Return the incident that a run has already: a recoverer that died does not begin anew."""
+        return self._incident(
+            connection,
+            incidents.c.agent_id == lost.agent_id,
+            incidents.c.thread_id == lost.thread_id,
+            incidents.c.run_id == lost.run_id,
+            incidents.c.status != "recovered",
+        )
+
+    def _is_still_lost(self, connection: Connection, lost: LostRun, owner: Owner) -> bool:
+        """Tell whether the lease stands as it was found, and lock it; our own is not lost."""
+        found = connection.execute(
+            select(leases.c.epoch, leases.c.owner_incarnation)
+            .where(leases.c.agent_id == lost.agent_id, leases.c.thread_id == lost.thread_id)
+            .with_for_update()  # on SQLite the transaction itself is the lock
+        ).first()
+        return (
+            found is not None
+            and found.epoch == lost.epoch
+            and found.owner_incarnation != owner.incarnation
+        )
+
+    def _is_due(self, connection: Connection, incident: Incident) -> bool:
+        if incident.status == "recovering":
+            return True
+        due = select(incidents.c.incident_id).where(
+            incidents.c.incident_id == incident.incident_id,
+            incidents.c.status == "open",
+            incidents.c.next_attempt_at.is_(None) | (incidents.c.next_attempt_at <= self._now),
+        )
+        return connection.execute(due).first() is not None
+
+    def _update(self, connection: Connection, incident_id: str, **values: Any) -> None:
+        connection.execute(
+            update(incidents)
+            .where(incidents.c.incident_id == incident_id)
+            .values(updated_at=self._now, **values)
+        )
+
+    def _incident(self, connection: Connection, *asked: ColumnElement[bool]) -> Incident | None:
+        newest = incidents.c.opened_at.desc(), incidents.c.incident_id
+        row = connection.execute(select(incidents).where(*asked).order_by(*newest).limit(1)).first()
+        return None if row is None else _read(row)
+
+    def _incidents(self, *asked: ColumnElement[bool], limit: int) -> list[Incident]:
+        newest = incidents.c.opened_at.desc(), incidents.c.incident_id
+        rows = self._rows(select(incidents).where(*asked).order_by(*newest).limit(limit))
+        return [_read(row) for row in rows]
+
+
+def _read(row: Row[Any]) -> Incident:
+    values = dict(row._mapping)  # noqa: SLF001 - SQLAlchemy's public name for it
+    for name in _JSON:
+        values[name] = None if values[name] is None else from_json(values[name])
+    for name in ("opened_at", "updated_at", "next_attempt_at"):
+        values[name] = None if values[name] is None else moment_at(values[name])
+    values["status"] = cast("IncidentStatus", values["status"])
+    return Incident(**values)
+
+
+def _json(value: Mapping[str, Any] | None) -> str | None:
+    return None if value is None else json_text(value, name="incident")
