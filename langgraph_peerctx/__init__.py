@@ -2,6 +2,7 @@
 
 from langgraph_peerctx.config import KafkaConfig, PeerContextSettings
 from langgraph_peerctx.drawing import Drawing, draw_incident, draw_recovery, draw_states
+from langgraph_peerctx.durability.fenced_checkpointer import FencedCheckpointer
 from langgraph_peerctx.errors import (
     BrokerUnavailableError,
     ConfigurationError,
@@ -11,9 +12,11 @@ from langgraph_peerctx.errors import (
     RecordRefusedError,
     RecoveryError,
     SendOutcomeUnknownError,
+    SentinelRunningError,
     StaleOwnerError,
     StoreBusyError,
     StoreError,
+    ThreadBusyError,
     TooFewResponsesError,
     UnknownChannelError,
     UnknownTopicError,
@@ -32,42 +35,58 @@ from langgraph_peerctx.nodes.ask_peers_tool import create_ask_peers_tool
 from langgraph_peerctx.nodes.peer_context_node import PeerContextNode, peer_context_retry_policy
 from langgraph_peerctx.nodes.peer_context_subgraph import create_peer_context_subgraph
 from langgraph_peerctx.nodes.state import PeerContextState, merge_peer_context
+from langgraph_peerctx.owned import OwnedRun, own_runs, owned
 from langgraph_peerctx.persistence.event_store import (
     EventStore,
     arecord_interaction,
     get_event_store,
     record_interaction,
 )
+from langgraph_peerctx.persistence.incidents import ControlDatabase, Incident
+from langgraph_peerctx.persistence.runs import Run
 from langgraph_peerctx.protocol.messages import InDoubtKey, Interaction
 from langgraph_peerctx.reconstruction.evidence import Reconstruction
+from langgraph_peerctx.reconstruction.failure_detector import (
+    AgentFailure,
+    FailureDetector,
+    ProcessState,
+)
 from langgraph_peerctx.reconstruction.incident import IncidentRecord
 from langgraph_peerctx.reconstruction.reconstructor import (
     AgentReconstructor,
     recover_and_resume_workflow_async,
 )
+from langgraph_peerctx.reconstruction.recoverer import SupervisedWorkflow
 from langgraph_peerctx.reconstruction.recovery import RecoveryResult
 from langgraph_peerctx.reconstruction.recovery_graph import create_recovery_graph
+from langgraph_peerctx.reconstruction.supervisor import RecoverySupervisor
 from langgraph_peerctx.runtime import PeerContextRuntime
 
 __all__ = [
     "AgentContextService",
+    "AgentFailure",
     "AgentReconstructor",
     "BrokerUnavailableError",
     "ConfigurationError",
     "Conflict",
     "ContextRequestHandler",
+    "ControlDatabase",
     "Coverage",
     "Drawing",
     "EmbeddedBroker",
     "EventStore",
     "Fact",
+    "FailureDetector",
+    "FencedCheckpointer",
     "InDoubtError",
     "InDoubtKey",
+    "Incident",
     "IncidentRecord",
     "Interaction",
     "KafkaConfig",
     "KafkaMessageConsumer",
     "KafkaMessageProducer",
+    "OwnedRun",
     "PeerContext",
     "PeerContextError",
     "PeerContextHook",
@@ -75,15 +94,21 @@ __all__ = [
     "PeerContextRuntime",
     "PeerContextSettings",
     "PeerContextState",
+    "ProcessState",
     "ProtocolError",
     "Reconstruction",
     "RecordRefusedError",
     "RecoveryError",
     "RecoveryResult",
+    "RecoverySupervisor",
+    "Run",
     "SendOutcomeUnknownError",
+    "SentinelRunningError",
     "StaleOwnerError",
     "StoreBusyError",
     "StoreError",
+    "SupervisedWorkflow",
+    "ThreadBusyError",
     "TooFewResponsesError",
     "UnknownChannelError",
     "UnknownTopicError",
@@ -97,6 +122,8 @@ __all__ = [
     "get_event_store",
     "get_service_manager",
     "merge_peer_context",
+    "own_runs",
+    "owned",
     "peer_context_lifespan",
     "peer_context_retry_policy",
     "record_interaction",

@@ -18,6 +18,8 @@ from typing import TypeVar
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from langgraph_peerctx.config import PeerContextSettings
+from langgraph_peerctx.durability.loop_watch import LoopWatch
+from langgraph_peerctx.durability.ownership import Ownership
 from langgraph_peerctx.errors import ConfigurationError, PeerContextError
 from langgraph_peerctx.messaging.agent_context_service import ContextResponder, ready_handler
 from langgraph_peerctx.messaging.context_handler import ContextRequestHandler
@@ -50,6 +52,19 @@ class BackgroundRuntime:
         self._submitting = threading.Lock()
         self._portal: BlockingPortal | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def watch(self) -> LoopWatch:
+        """What asks agents' loops whether they turn."""
+        return self._runtime.watch
+
+    async def own(self) -> Ownership:
+        """Return what this process owns; see `PeerContextRuntime.own`."""
+        return await self.acall(PeerContextRuntime.own)
+
+    def own_now(self) -> Ownership:
+        """Return what this process owns; blocks. See `PeerContextRuntime.own`."""
+        return self.call(PeerContextRuntime.own)
 
     @property
     def degraded(self) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ cross a process boundary whole.
     │   └── SendOutcomeUnknownError   gave up waiting: the record may still arrive
     ├── StoreError                    a database refused, or is not there
     │   └── StoreBusyError            it is there, and did not answer in time: try again
+    ├── SentinelRunningError          another sentinel serves this host and cluster already
     ├── TooFewResponsesError          fewer peers answered than the caller needs
     └── RecoveryError                 a workflow cannot be recovered
         ├── UnknownChannelError       an update names a channel that the workflow lacks
@@ -84,6 +85,10 @@ class StoreError(PeerContextError):
 
 class StoreBusyError(StoreError):
     """A database is there and did not answer in time; nothing was written, try again."""
+
+
+class SentinelRunningError(PeerContextError):
+    """Another sentinel serves this host and cluster already: there is nothing to do."""
 
 
 class TooFewResponsesError(PeerContextError):

@@ -1,5 +1,6 @@
-"""One process's connection to its peers: what asks, and what it needs for that."""
+"""One process's connection to its peers: what asks, what it owns, and what it needs for that."""
 
+import asyncio
 import logging
 from collections.abc import Collection, Iterable
 from contextlib import AsyncExitStack
@@ -7,7 +8,10 @@ from types import TracebackType
 from typing import Self, Unpack
 
 from langgraph_peerctx.config import PeerContextSettings
-from langgraph_peerctx.errors import BrokerUnavailableError, ConfigurationError
+from langgraph_peerctx.durability.lease_keeper import LeaseKeeper
+from langgraph_peerctx.durability.loop_watch import LoopWatch
+from langgraph_peerctx.durability.ownership import Ownership, process_fence
+from langgraph_peerctx.errors import BrokerUnavailableError, ConfigurationError, StoreError
 from langgraph_peerctx.gathering.gatherer import Enough, Gatherer, OnAnswer, OnSent, Question
 from langgraph_peerctx.gathering.peer_context import PeerContext
 from langgraph_peerctx.gathering.steps import GatherSteps
@@ -15,9 +19,12 @@ from langgraph_peerctx.identifiers import new_id
 from langgraph_peerctx.messaging.mock_transport import create_transport
 from langgraph_peerctx.messaging.presence import Presence
 from langgraph_peerctx.messaging.reply_inbox import ReplyInbox
+from langgraph_peerctx.messaging.sentinel_client import SentinelClient
 from langgraph_peerctx.messaging.topics import topics_for
 from langgraph_peerctx.messaging.transport import Transport
+from langgraph_peerctx.persistence.database import open_in_thread
 from langgraph_peerctx.persistence.event_store import EventStore, get_event_store
+from langgraph_peerctx.persistence.incidents import ControlDatabase
 from langgraph_peerctx.protocol.messages import ContextRequest, InDoubtKey
 
 _logger = logging.getLogger(__name__)
@@ -49,6 +56,9 @@ class PeerContextRuntime:
         self._gatherer: Gatherer | None = None
         self._steps: GatherSteps | None = None
         self._presence: Presence | None = None
+        self._ownership: Ownership | None = None
+        self._owning: asyncio.Lock = asyncio.Lock()
+        self.watch: LoopWatch = LoopWatch()
         self._stack = AsyncExitStack()
 
     @property
@@ -111,6 +121,60 @@ class PeerContextRuntime:
             raise ConfigurationError("this runtime is not started: use it in an `async with`")
         return self._presence
 
+    async def own(self) -> Ownership:
+        """Return what this process owns; opens the control database when first asked.
+
+        From then on leases are renewed, and the host's sentinel sees us die.
+
+        Raises:
+            ConfigurationError: If the runtime does not run.
+            StoreError: If the control database cannot be opened.
+        """
+        async with self._owning:
+            if self._ownership is None:
+                self._ownership = await self._begin_to_own(self.presence)
+            return self._ownership
+
+    async def _begin_to_own(self, presence: Presence) -> Ownership:
+        settings = self.settings
+        control = await open_in_thread(
+            ControlDatabase,
+            settings.control_url,
+            timeout_seconds=settings.database_timeout_seconds,
+        )
+        ownership = Ownership(
+            control,
+            owner_id=settings.process_id,
+            incarnation=presence.roster.incarnation,
+            ttl_seconds=settings.lease_seconds,
+        )
+        client = SentinelClient(
+            settings, presence.roster.incarnation, on_change=presence.watched_by
+        )
+        keeper = LeaseKeeper(ownership, self.watch, settings.heartbeat_interval_seconds)
+        stack = self._stack  # left from its end: what is open is handed over before we are gone
+        stack.callback(control.close)
+        stack.callback(process_fence.leave, ownership)
+        stack.push_async_callback(client.close)
+        stack.push_async_callback(keeper.close)
+        stack.push_async_callback(self._hand_over, ownership)
+        process_fence.enter(ownership)
+        presence.standing.open_runs = lambda: len(ownership.held)
+        presence.standing.loop_lag_seconds = self.watch.lag_seconds
+        keeper.start()
+        await client.start()
+        return ownership
+
+    async def _hand_over(self, ownership: Ownership) -> None:
+        """Let whoever can go on with what is open here."""
+        try:
+            count = await ownership.hand_over()
+        except StoreError as error:
+            _logger.warning("what is open here waits until its leases expire: %s", error)
+        else:
+            if count:
+                _logger.info("%d open runs are handed over", count)
+
     @property
     def degraded(self) -> tuple[str, ...]:
         """Why a gather would not be the whole truth now; empty when all is well."""
@@ -169,6 +233,8 @@ class PeerContextRuntime:
         if self._gatherer is not None:
             self._gatherer.close()
         self._gatherer = self._steps = self._presence = None
+        async with self._owning:
+            self._ownership = None
         await self._stack.aclose()
         if not self._borrowed:
             self._transport = None

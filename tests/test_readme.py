@@ -29,7 +29,8 @@ def defaults() -> dict[str, str]:
     return found
 
 
-def test_the_table_names_every_variable_with_its_default() -> None:
+def test_the_table_names_every_variable_with_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PEER_CONTEXT_SENTINEL")
     assert defaults() == ROWS
 
 

@@ -7,7 +7,6 @@ clock may be ahead. Pending writes are stored under a task id with the epoch in 
 share the id of a task; of one task the writes of the highest epoch count, whole.
 """
 
-import copy
 import sys
 from collections.abc import (
     AsyncIterator,
@@ -18,7 +17,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from typing import Any, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import (
@@ -32,6 +31,9 @@ from langgraph.checkpoint.base import (
 
 from langgraph_peerctx.durability.ownership import process_fence
 from langgraph_peerctx.errors import ConfigurationError, StaleOwnerError
+
+if TYPE_CHECKING:
+    from langgraph_peerctx.durability.postgres_fence import SharedTransactions
 
 T = TypeVar("T")
 
@@ -99,6 +101,11 @@ class FencedCheckpointer(BaseCheckpointSaver[Any]):
         self._transactions = _transactions_of(saver, self._fence)
 
     @property
+    def bare(self) -> BaseCheckpointSaver[Any]:
+        """The saver without its fence."""
+        return self._saver
+
+    @property
     def serde(self) -> Any:  # type: ignore[override]  # an attribute there, the saver's here
         """The saver's serializer."""
         return self._saver.serde
@@ -119,8 +126,8 @@ class FencedCheckpointer(BaseCheckpointSaver[Any]):
         saver = self._saver.with_allowlist(extra_allowlist)
         if saver is self._saver:
             return self
-        clone = copy.copy(self)  # on the same connections
-        clone._saver = saver  # noqa: SLF001 - our own
+        clone = type(self)(saver, self._fence)
+        clone._transactions = self._transactions  # noqa: SLF001 - on the same connections
         return clone
 
     async def aclose(self) -> None:
@@ -246,14 +253,14 @@ class FencedCheckpointer(BaseCheckpointSaver[Any]):
     ) -> T:
         """Write in one transaction with the lease where that can be had, or else after a look."""
         if self._transactions is not None:
-            ownership = await self._transactions.ownership(self._saver)
+            saver: Any = self._saver
+            ownership = await self._transactions.ownership(saver)
             if ownership is not None:
-                made: T = await self._transactions.write(self._saver, ownership, thread_id, write)
-                return made
+                return await self._transactions.write(saver, ownership, thread_id, write)
         return await write(self._saver, await self._fence.amay_write(thread_id))
 
 
-def _transactions_of(saver: Any, fence: Any) -> Any:
+def _transactions_of(saver: Any, fence: Any) -> "SharedTransactions | None":
     """Return what writes a saver's checkpoints together with the leases; None if nothing can."""
     postgres = sys.modules.get("langgraph.checkpoint.postgres.aio")  # who has such a saver, has it
     if postgres is None or not isinstance(saver, postgres.AsyncPostgresSaver):

@@ -163,7 +163,8 @@ class Gatherer:
         """Broadcast a question and collect the peers' answers.
 
         Where the caller expects nobody by name, those are expected who are there when it is sent,
-        once that is known for certain; who leaves or falls silent meanwhile is waited for no more.
+        once that is known for certain; who leaves or falls silent meanwhile is waited for no more,
+        and where nobody is there it is over within a heartbeat's interval.
         It ends at the first of: everybody expected has answered; `min_responses` have; `enough`
         says so; the window is over; nothing can come (mock mode, no broker).
 
@@ -234,6 +235,9 @@ class Gatherer:
             inbox: The slot's; by default the process's own.
         """
         window = self._settings.timeout_seconds if timeout_seconds is None else timeout_seconds
+        if not wanted.expected and self._is_alone(request.failed_agent_id):
+            # Whoever is about to come beats within an interval.
+            window = min(window, self._settings.heartbeat_interval_seconds)
         loop = asyncio.get_running_loop()
         started = loop.time()
         slot.on_response = wanted.take
@@ -273,6 +277,11 @@ class Gatherer:
                 if set(member.beat.agents) - {failed_agent_id}
             )
         ]
+
+    def _is_alone(self, failed_agent_id: str) -> bool:
+        """Tell whether it is known that nobody is there who could answer."""
+        roster = self._roster
+        return roster is not None and roster.is_warm and not self.there(failed_agent_id)
 
     async def _watch(self, wanted: "Wanted") -> None:
         """Give up who leaves or falls silent, of those that the roster named."""

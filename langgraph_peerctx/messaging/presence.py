@@ -110,6 +110,11 @@ class Presence:
         self.standing.agents = agents
         self.beat_now()
 
+    def watched_by(self, sentinel_id: str | None) -> None:
+        """Say from now on who would see the process die, beginning at once."""
+        self.standing.sentinel_id = sentinel_id
+        self.beat_now()
+
     def beat_now(self) -> None:
         """Beat at once: something changed that others should know."""
         self._changed.set()

@@ -64,6 +64,8 @@ class Roster:
         clock: Seconds that only rise.
         counters: What was not taken, by reason: `rejected.<fault>`, `stale`, `false_notice`,
             `overrun`.
+        on_notice: Is told of whoever was just said to have died; must not raise, nor block.
+        on_leave: Is told of whoever just left; must not raise, nor block.
     """
 
     incarnation: str
@@ -71,6 +73,8 @@ class Roster:
     pause_seconds: float
     clock: Callable[[], float] = time.monotonic
     counters: Counter[str] = field(default_factory=Counter)
+    on_notice: Callable[[Member], None] | None = None
+    on_leave: Callable[[Member], None] | None = None
     _members: dict[tuple[str, str], Member] = field(default_factory=dict)
     _heard_at: float | None = None
     _hearing_since: float | None = None
@@ -91,9 +95,23 @@ class Roster:
         )
 
     @property
+    def heard_at(self) -> float | None:
+        """When our own heartbeat came back last: until then we know that we heard."""
+        return self._heard_at
+
+    @property
     def members(self) -> tuple[Member, ...]:
         """Everybody who was heard and is not forgotten yet, sorted by process and incarnation."""
         return tuple(self._members[key] for key in sorted(self._members))
+
+    def member(self, key: tuple[str, str]) -> Member | None:
+        """Return one life of a process, by process id and incarnation; None if it is unknown."""
+        return self._members.get(key)
+
+    def dead(self) -> tuple[str, ...]:
+        """Return the incarnations whose death notice stands, in no order."""
+        dead = (member for member in self._members.values() if member.died_at is not None)
+        return tuple(member.beat.incarnation for member in dead)
 
     def present(self) -> tuple[Member, ...]:
         """Return those who beat; see `Member.is_present`."""
@@ -144,6 +162,7 @@ class Roster:
             self.counters["false_notice"] += 1
             _logger.warning("%s was said to be dead, and is not", beat.process_id)
             member.died_at = None
+        leaves = beat.leaving and not member.has_left
         member.beat, member.at_ms, member.has_left = beat, record.timestamp_ms, beat.leaving
         if record.was_there:
             member.arrivals.count_from(now)
@@ -154,11 +173,16 @@ class Roster:
             self._date_what_was_there(record.timestamp_ms, now)
         if beat.incarnation == self.incarnation:
             self._hear_ourselves(now)
+        if leaves and self.on_leave is not None:
+            self.on_leave(member)
 
     def _take_notice(self, notice: DeathNotice) -> None:
         member = self._members.get((notice.process_id, notice.incarnation))
-        if member is not None and not member.has_left:
-            member.died_at = self.clock()
+        if member is None or member.has_left:
+            return
+        is_news, member.died_at = member.died_at is None, self.clock()
+        if is_news and self.on_notice is not None:
+            self.on_notice(member)
 
     def _date_what_was_there(self, now_ms: int, now: float) -> None:
         """Say how long ago what we had found was stored: by the broker's clock, on both ends."""

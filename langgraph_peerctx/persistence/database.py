@@ -21,6 +21,9 @@ from langgraph_peerctx.protocol.json_values import plain_text
 
 T = TypeVar("T")
 
+OPENING_TIMEOUT_SECONDS = 30.0
+"""Longer than a query: a new database is brought to this release first, by us or by others."""
+
 _PING = select(1)
 
 
@@ -139,3 +142,19 @@ class Database:
     def _attempt(self, work: Callable[[Connection], T], *, transaction: bool) -> T:
         with writing(self._engine) if transaction else self._engine.connect() as connection:
             return work(connection)
+
+
+async def open_in_thread(open_: Callable[..., T], *arguments: Any, **options: Any) -> T:
+    """Open a database without blocking the loop.
+
+    Raises:
+        StoreBusyError: If it takes longer than `OPENING_TIMEOUT_SECONDS`.
+        StoreError: If it cannot be opened.
+    """
+    try:
+        async with asyncio.timeout(OPENING_TIMEOUT_SECONDS):
+            return await asyncio.to_thread(open_, *arguments, **options)
+    except TimeoutError:
+        raise StoreBusyError(
+            f"the database was not open within {OPENING_TIMEOUT_SECONDS:g} s: try again"
+        ) from None

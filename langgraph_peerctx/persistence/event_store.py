@@ -1,6 +1,5 @@
 """What an agent remembers: interactions with others, in its own database."""
 
-import asyncio
 import atexit
 import os
 import threading
@@ -17,11 +16,10 @@ from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.errors import (
     ConfigurationError,
     ProtocolError,
-    StoreBusyError,
     StoreError,
 )
 from langgraph_peerctx.identifiers import check_id, new_id
-from langgraph_peerctx.persistence.database import Database
+from langgraph_peerctx.persistence.database import Database, open_in_thread
 from langgraph_peerctx.persistence.engine import Synchronous
 from langgraph_peerctx.persistence.rows import (
     EARLIEST,
@@ -43,9 +41,6 @@ T = TypeVar("T")
 
 LIMIT = 200
 """How many interactions a query returns when nobody says."""
-
-OPENING_TIMEOUT_SECONDS = 30.0
-"""Longer than a query: a new database is brought to this release first, by us or by others."""
 
 _TOLD = select(*(interactions.c[name] for name in FIELDS)).where(
     interactions.c.agent_id == bindparam("agent_id")
@@ -311,13 +306,7 @@ async def aget_event_store(url: str | None = None) -> EventStore:
     Raises:
         StoreBusyError: If opening it takes longer than `OPENING_TIMEOUT_SECONDS`.
     """
-    try:
-        async with asyncio.timeout(OPENING_TIMEOUT_SECONDS):
-            return await asyncio.to_thread(get_event_store, url)
-    except TimeoutError:
-        raise StoreBusyError(
-            f"the database was not open within {OPENING_TIMEOUT_SECONDS:g} s: try again"
-        ) from None
+    return await open_in_thread(get_event_store, url)
 
 
 def _unlock_in_a_forked_child() -> None:

@@ -37,7 +37,7 @@ _CLOCKS = {
     "postgresql": "(extract(epoch from clock_timestamp()) * 1000000)::bigint",
 }
 
-_BESIDE = select(
+_BESIDE: Any = select(
     func.pg_try_advisory_xact_lock(bindparam("key", type_=BigInteger)).label("was_free"),
     literal_column("to_regclass('peerctx_leases')::oid::bigint").label("number"),
 )

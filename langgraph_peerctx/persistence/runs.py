@@ -283,36 +283,19 @@ class Runs(Leases):
             dead: Incarnations that are known to be dead.
             limit: At most so many, the earliest admitted first.
         """
-        of_its_thread = leases.c.agent_id == runs.c.agent_id, leases.c.thread_id == runs.c.thread_id
         its_owner = leases.c.owner_incarnation
-        statement = (
-            select(
-                *(runs.c[name] for name in ("agent_id", "thread_id", "run_id", "workflow")),
-                *(leases.c[name] for name in ("epoch", "owner_id", "owner_incarnation")),
-                (leases.c.expires_at - self._now).label("left"),
-            )
-            .join(leases, of_its_thread[0] & of_its_thread[1])
-            .where(
-                _IS_OPEN,
-                or_(its_owner.is_(None), leases.c.expires_at < self._now, its_owner.in_(dead)),
-                ~self._waits(),
-            )
-            .order_by(runs.c.admitted_at)
-            .limit(limit)
+        return self._lost(
+            or_(its_owner.is_(None), leases.c.expires_at < self._now, its_owner.in_(dead)),
+            ~self._waits(),
+            limit=limit,
         )
-        return [
-            LostRun(
-                agent_id=row.agent_id,
-                thread_id=row.thread_id,
-                run_id=row.run_id,
-                workflow=row.workflow,
-                epoch=row.epoch,
-                owner_id=row.owner_id,
-                owner_incarnation=row.owner_incarnation,
-                seconds_left=row.left / _MICROSECONDS,
-            )
-            for row in self._rows(statement)
-        ]
+
+    def open_run(self, agent_id: str, thread_id: str) -> LostRun | None:
+        """Return a thread's open run, whoever works at it; None if it has none."""
+        found = self._lost(
+            runs.c.agent_id == agent_id, runs.c.thread_id == plain_text(thread_id), limit=1
+        )
+        return found[0] if found else None
 
     def holders(self) -> list[Holder]:
         """Return who has leases, expired or not, sorted by process."""
@@ -368,6 +351,10 @@ class Runs(Leases):
     async def alost_runs(self, dead: Sequence[str] = (), *, limit: int = 1_000) -> list[LostRun]:
         """See `lost_runs`."""
         return await self.in_thread(partial(self.lost_runs, tuple(dead), limit=limit))
+
+    async def aopen_run(self, agent_id: str, thread_id: str) -> LostRun | None:
+        """See `open_run`."""
+        return await self.in_thread(partial(self.open_run, agent_id, thread_id))
 
     async def aholders(self) -> list[Holder]:
         """See `holders`."""
@@ -488,6 +475,33 @@ class Runs(Leases):
             end_kind=cast("EndKind | None", row.end_kind),
             error=row.error,
         )
+
+    def _lost(self, *asked: ColumnElement[bool], limit: int) -> list[LostRun]:
+        of_its_thread = leases.c.agent_id == runs.c.agent_id, leases.c.thread_id == runs.c.thread_id
+        statement = (
+            select(
+                *(runs.c[name] for name in ("agent_id", "thread_id", "run_id", "workflow")),
+                *(leases.c[name] for name in ("epoch", "owner_id", "owner_incarnation")),
+                (leases.c.expires_at - self._now).label("left"),
+            )
+            .join(leases, of_its_thread[0] & of_its_thread[1])
+            .where(_IS_OPEN, *asked)
+            .order_by(runs.c.admitted_at)
+            .limit(limit)
+        )
+        return [
+            LostRun(
+                agent_id=row.agent_id,
+                thread_id=row.thread_id,
+                run_id=row.run_id,
+                workflow=row.workflow,
+                epoch=row.epoch,
+                owner_id=row.owner_id,
+                owner_incarnation=row.owner_incarnation,
+                seconds_left=row.left / _MICROSECONDS,
+            )
+            for row in self._rows(statement)
+        ]
 
     def _waits(self) -> Any:
         """Whether a run has an incident for which it is not the time, or not ours."""

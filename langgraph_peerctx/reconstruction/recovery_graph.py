@@ -22,6 +22,7 @@ from typing_extensions import TypedDict  # pydantic makes schemas of this one on
 
 from langgraph_peerctx import background
 from langgraph_peerctx.config import PeerContextSettings
+from langgraph_peerctx.durability.admission import of_admitted_run
 from langgraph_peerctx.durability.workflow import (
     Workflow,
     check_initial_state,
@@ -50,11 +51,13 @@ from langgraph_peerctx.reconstruction.checkpoint import CheckpointView, load_che
 from langgraph_peerctx.reconstruction.evidence import reconstruct
 from langgraph_peerctx.reconstruction.incident import OnStep, incident_record, timed
 from langgraph_peerctx.reconstruction.resume import (
+    Admitted,
     Decision,
     Delivery,
     RecoveryStatus,
     conclude,
     decide,
+    deliver_answer,
     deliver_at_head,
     deliver_at_start,
     project,
@@ -127,12 +130,15 @@ class RecoveryPlan:
     """What a recovery is made of, and no checkpoint can keep.
 
     Attributes:
+        admitted: The run, where it was written down when it began: its input outranks
+            `initial_state`.
         source: Another runtime than the process's own.
         open_store: Another event store than the settings'.
         initial_state: What to begin with, where the state does not say.
     """
 
     workflow: Workflow
+    admitted: Admitted | None = None
     channel: str = "peer_context"
     context: Any = None
     config: RunnableConfig | None = None
@@ -225,11 +231,13 @@ class RecoverySteps:
 
     Attributes:
         final_state: What the recovered workflow returned, as it is: the state keeps it as JSON.
+        error: What it raised, if it did.
     """
 
     def __init__(self, plan: RecoveryPlan) -> None:
         self.plan = plan
         self.final_state: Any = None
+        self.error: Exception | None = None
         settings, source = plan.settings, plan.source
         self._position = Position(settings, source)
         self._request = RequestContext(plan.limits, settings, source)
@@ -294,7 +302,7 @@ class RecoverySteps:
             time_window_seconds=seconds_in(state, "time_window_seconds"),
         ).reaching(view.created_at, settings.time_window_seconds)
         begun |= {
-            "run_id": view.run_id,
+            "run_id": self.plan.admitted.run_id if self.plan.admitted else view.run_id,
             "action": decision.action,
             "checkpoint": view.as_json() if view.exists else None,
             "time_window_seconds": query.time_window_seconds,
@@ -362,11 +370,12 @@ class RecoverySteps:
             step.detail.update(durability=durability, channel=delivery.channel)
             outcome = await resume_workflow(
                 plan.workflow,
-                of_run(self._place(state), before.run_id),
+                self._place_of_run(state, before, decision),
                 delivery,
                 context=plan.context,
                 durability=durability,
             )
+            self.error = outcome.error
             error = None if outcome.error is None else type(outcome.error).__name__
             step.detail.update(error=error)
         with self._step("verify", state) as verified:
@@ -449,7 +458,19 @@ class RecoverySteps:
             )
             return None
 
+    def _place_of_run(
+        self, state: Mapping[str, Any], view: CheckpointView, decision: Decision
+    ) -> RunnableConfig:
+        admitted, place = self.plan.admitted, self._place(state)
+        if admitted is None:
+            return of_run(place, view.run_id)
+        if decision.action == "restart" and admitted.fork_of is not None:
+            place["configurable"]["checkpoint_id"] = admitted.fork_of
+        return of_admitted_run(place, admitted.run_id)
+
     def _initial_state(self, state: Mapping[str, Any]) -> Any:
+        if self.plan.admitted is not None:
+            return self.plan.admitted.inputs[0].value
         given = state.get("initial_state")
         return self.plan.initial_state if given is None else given
 
@@ -459,6 +480,7 @@ class RecoverySteps:
             view,
             has_initial_state=self._initial_state(state) is not None,
             has_context=self.plan.context is not None,
+            admitted=self.plan.admitted,
         )
 
     def _deliver(self, state: RecoveryState, view: CheckpointView, decision: Decision) -> Delivery:
@@ -466,6 +488,9 @@ class RecoverySteps:
         facts = state["evidence"]["peer_context"]
         if decision.action == "restart":
             return deliver_at_start(workflow, self._initial_state(state), channel, facts)
+        if decision.action == "answer" and self.plan.admitted is not None:
+            given = self.plan.admitted.inputs[-1].value
+            return deliver_answer(workflow, view, given, channel, facts)
         return deliver_at_head(workflow, view, channel, facts)
 
     def _query(self, state: RecoveryState) -> EvidenceQuery:

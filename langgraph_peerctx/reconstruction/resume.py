@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 from langchain_core.runnables import RunnableConfig
@@ -16,7 +16,7 @@ from langgraph_peerctx.reconstruction.checkpoint import CheckpointView
 
 _logger = logging.getLogger(__name__)
 
-Action = Literal["resume", "restart", "stop"]
+Action = Literal["resume", "restart", "answer", "stop"]
 RecoveryStatus = Literal[
     "resumed",
     "restarted",
@@ -26,6 +26,10 @@ RecoveryStatus = Literal[
     "nothing_to_recover",
     "not_approved",
     "failed",
+    "unreachable",
+    "recovering_elsewhere",
+    "recovered_elsewhere",
+    "dead_letter",
 ]
 
 _DISCARD_ANSWER: Final = {ERROR: "the answer stored here was used"}
@@ -43,6 +47,32 @@ _LATER: Final = (
     "not_delivered: an earlier recovery's facts wait at this step, and newer ones would make the "
     "thread unreadable: they stay in this result"
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """One thing that a run was given.
+
+    Attributes:
+        checkpoint_id: Where the thread stood then, if that was noted.
+    """
+
+    value: Any
+    checkpoint_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admitted:
+    """The run that is recovered, as it was written down when it began.
+
+    Attributes:
+        inputs: Its input, then each answer; at least one.
+        fork_of: The checkpoint from which it forked, if it did.
+    """
+
+    run_id: str
+    inputs: tuple[Given, ...]
+    fork_of: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,10 +126,23 @@ class Ending:
 
 
 def decide(
-    workflow: Workflow, view: CheckpointView, *, has_initial_state: bool, has_context: bool
+    workflow: Workflow,
+    view: CheckpointView,
+    *,
+    has_initial_state: bool,
+    has_context: bool,
+    admitted: Admitted | None = None,
 ) -> Decision:
-    """Decide by a thread's checkpoint whether it is resumed, restarted or left alone; pure."""
-    decision = _by_status(view, has_initial_state=has_initial_state)
+    """Decide by a thread's checkpoint whether it is resumed, restarted or left alone; pure.
+
+    What is known of the run counts more than what the checkpoint looks like: a kill may have lost
+    all of it, and then the newest checkpoint is an earlier run's.
+    """
+    decision = (
+        _by_status(view, has_initial_state=has_initial_state)
+        if admitted is None
+        else _by_run(view, admitted)
+    )
     if decision.action != "stop" and workflow.context_schema is not None and not has_context:
         return Decision(
             action="stop",
@@ -123,6 +166,17 @@ def _by_status(view: CheckpointView, *, has_initial_state: bool) -> Decision:
         status="nothing_to_recover",
         reasons=(f"{view.status}: nothing to go on from, and no initial_state to begin with",),
     )
+
+
+def _by_run(view: CheckpointView, admitted: Admitted) -> Decision:
+    if not view.exists or view.run_id != admitted.run_id:
+        return Decision(action="restart")
+    last = admitted.inputs[-1]
+    # An answer of which the thread shows no trace was lost on its way.
+    is_untouched = last.checkpoint_id == view.checkpoint_id and view.answer.state == "none"
+    if len(admitted.inputs) > 1 and is_untouched and view.status != "interrupted_work":
+        return Decision(action="answer")
+    return _by_status(view, has_initial_state=True)
 
 
 def _waits_for(view: CheckpointView) -> str:
@@ -186,6 +240,26 @@ def deliver_at_start(
     if update is None:
         return Delivery(input=initial_state)
     return Delivery(input={**initial_state, channel.name: update}, channel=channel.name)
+
+
+def deliver_answer(
+    workflow: Workflow,
+    view: CheckpointView,
+    given: object,
+    channel_name: str,
+    facts: Mapping[str, Any],
+) -> Delivery:
+    """Choose the input that gives a thread the answer that it has not received; pure."""
+    delivery = deliver_at_head(workflow, view, channel_name, facts)
+    if not isinstance(given, Command):
+        return delivery
+    facts_too = delivery.input.update if isinstance(delivery.input, Command) else None
+    if not facts_too:
+        return replace(delivery, input=given)
+    if given.update and not isinstance(given.update, Mapping):
+        return Delivery(input=given, shortfalls=_undeliverable(facts))
+    both = replace(given, update={**(given.update or {}), **facts_too})
+    return replace(delivery, input=both)
 
 
 def _no_channel(workflow: Workflow, name: str) -> str:

@@ -200,6 +200,49 @@ def test_a_notice_about_one_life_says_nothing_about_the_next(world: World) -> No
     assert world.there == ["a"]
 
 
+def test_a_death_and_a_leave_are_told_once_each(world: World) -> None:
+    died: list[str] = []
+    left: list[str] = []
+    world.roster.on_notice = lambda member: died.append(member.beat.process_id)
+    world.roster.on_leave = lambda member: left.append(member.beat.process_id)
+    world.live(3, "a", "b")
+    for _ in range(2):
+        world.die("a")
+        world.beat("b", leaving=True)
+    world.die("b")
+    world.die("nobody")
+    assert (died, left) == (["a"], ["b"])
+    world.pass_by(2)
+    world.beat("a")
+    world.die("a")
+    assert died == ["a", "a"], "the first was false"
+
+
+def test_whose_death_notice_stands_is_dead(world: World) -> None:
+    world.live(3, "a", "b")
+    world.die("a")
+    assert world.roster.dead() == ("1",)
+    world.pass_by(2)
+    world.beat("a")
+    assert world.roster.dead() == ()
+
+
+def test_a_member_is_found_by_process_and_incarnation(world: World) -> None:
+    world.beat("a", "2")
+    member = world.roster.member(("a", "2"))
+    assert member is not None
+    assert member.key == ("a", "2")
+    assert world.roster.member(("a", "1")) is None
+
+
+def test_it_tells_until_when_it_heard(world: World) -> None:
+    assert world.roster.heard_at is None
+    world.live(3)
+    world.pass_by(2)
+    world.beat("a")
+    assert world.roster.heard_at == world.now - 2
+
+
 def test_what_is_no_heartbeat_is_counted_and_harms_nobody(world: World) -> None:
     for value in (None, b"\xff", b"{}"):
         world.roster.take(Record(topic="agent.presence", value=value))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from langgraph_peerctx.errors import ConfigurationError, ProtocolError, StoreBusyError, StoreError
-from langgraph_peerctx.persistence import event_store
+from langgraph_peerctx.persistence import database
 from langgraph_peerctx.persistence.event_store import (
     EventStore,
     aget_event_store,
@@ -122,7 +122,7 @@ async def test_the_async_twin_returns_the_same_store(address: str) -> None:
 async def test_opening_for_ever_is_given_up(
     file: Path, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(event_store, "OPENING_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(database, "OPENING_TIMEOUT_SECONDS", 0.2)
     monkeypatch.setenv("PEER_CONTEXT_DATABASE_TIMEOUT_SECONDS", "1")
     with closing(sqlite3.connect(file, isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")

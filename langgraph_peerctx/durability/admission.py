@@ -1,0 +1,123 @@
+"""What of a run is kept, so that another process can go on with it."""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from langchain_core.runnables import RunnableConfig
+from langgraph.checkpoint.serde.base import SerializerProtocol
+from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
+from langgraph.types import Command, Durability
+
+from langgraph_peerctx.durability.fenced_checkpointer import Fence, FencedCheckpointer
+from langgraph_peerctx.durability.workflow import Workflow, checkpointer_of
+from langgraph_peerctx.errors import ConfigurationError, StoreError
+from langgraph_peerctx.persistence.runs import Packed, Run
+
+KEPT = ("tags", "metadata", "recursion_limit", "run_name")
+"""What of a config is kept beside its configurable values: callbacks belong to a process."""
+
+
+def is_continuation(given: object) -> bool:
+    """Tell whether an input goes on with the thread's last run: an answer, or nothing at all."""
+    return given is None or isinstance(given, Command)
+
+
+def fenced(workflow: Workflow, fence: Fence) -> Workflow:
+    """Return the workflow with its checkpointer behind a fence, if it has none yet."""
+    saver = checkpointer_of(workflow)
+    if saver is None or isinstance(saver, FencedCheckpointer):
+        return workflow
+    return workflow.copy({"checkpointer": FencedCheckpointer(saver, fence)})
+
+
+def packed(workflow: Workflow, value: object, *, name: str) -> Packed:
+    """Return a value as the workflow's own serializer packs it.
+
+    Raises:
+        ConfigurationError: If it cannot.
+    """
+    try:
+        return Packed(*_serializer(workflow).dumps_typed(value))
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(
+            f"the {name} cannot be stored, so the run could not be recovered: {error}"[:400]
+        ) from error
+
+
+def unpacked(workflow: Workflow, value: Packed, *, name: str) -> Any:
+    """Return what was packed.
+
+    Raises:
+        StoreError: If it cannot be read.
+    """
+    try:
+        return _serializer(workflow).loads_typed((value.kind, value.data))
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise StoreError(f"the run's {name} cannot be read: {error!r}"[:400]) from error
+
+
+def packed_config(workflow: Workflow, config: RunnableConfig) -> Packed:
+    """Return what of a config can be kept; what cannot, is left out."""
+    kept: dict[str, Any] = {name: config[name] for name in KEPT if name in config}  # type: ignore[literal-required]
+    configurable = config.get("configurable") or {}
+    kept["configurable"] = {
+        name: value
+        for name, value in configurable.items()
+        if not name.startswith("__") and name != "thread_id" and _can_be_kept(workflow, value)
+    }
+    kept["metadata"] = {
+        name: value
+        for name, value in (config.get("metadata") or {}).items()
+        if _can_be_kept(workflow, value)
+    }
+    return packed(workflow, kept, name="config")
+
+
+def packed_context(workflow: Workflow, context: object) -> Packed | None:
+    """Return a context, if it can be kept."""
+    if context is None or not _can_be_kept(workflow, context):
+        return None
+    return packed(workflow, context, name="context")
+
+
+def config_of(workflow: Workflow, run: Run) -> RunnableConfig:
+    """Return what was kept of a run's config."""
+    found = None if run.config is None else unpacked(workflow, run.config, name="config")
+    return cast("RunnableConfig", found) if isinstance(found, dict) else {}
+
+
+def context_of(workflow: Workflow, run: Run) -> Any:
+    """Return a run's context; None if there was none, or it could not be kept."""
+    return None if run.context is None else unpacked(workflow, run.context, name="context")
+
+
+def input_of(workflow: Workflow, run: Run, number: int = 0) -> Any:
+    """Return what a run was given: its input, or a later answer."""
+    return unpacked(workflow, run.inputs[number].value, name="input")
+
+
+def of_admitted_run(config: RunnableConfig, run_id: str) -> RunnableConfig:
+    """Return a config whose checkpoints say which run they are of.
+
+    LangGraph tells by it whether an input goes on with the newest checkpoint's run.
+    """
+    metadata: Mapping[str, Any] = config.get("metadata") or {}
+    return {**config, "metadata": {**metadata, "run_id": run_id}}
+
+
+def is_durable(durability: Durability | None) -> bool:
+    """Tell whether a kill loses at most the step under way."""
+    return durability in (None, "sync")
+
+
+def _serializer(workflow: Workflow) -> SerializerProtocol:
+    saver = checkpointer_of(workflow)
+    return JsonPlusSerializer() if saver is None else saver.serde
+
+
+def _can_be_kept(workflow: Workflow, value: object) -> bool:
+    try:
+        _serializer(workflow).dumps_typed(value)
+    except (TypeError, ValueError):
+        return False
+    return True

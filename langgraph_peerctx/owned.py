@@ -1,0 +1,389 @@
+"""Runs that are owned: admitted before they begin, fenced while they run, ended in writing.
+
+Whoever dies in one has left behind what another process needs to go on with it.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from langchain_core.runnables import RunnableConfig
+from langchain_core.runnables.config import ensure_config, merge_configs
+from langgraph.types import Durability
+
+from langgraph_peerctx import background
+from langgraph_peerctx.config import PeerContextSettings
+from langgraph_peerctx.durability.admission import (
+    fenced,
+    is_continuation,
+    is_durable,
+    of_admitted_run,
+    packed,
+    packed_config,
+    packed_context,
+)
+from langgraph_peerctx.durability.ownership import Held, Ownership
+from langgraph_peerctx.durability.workflow import (
+    Workflow,
+    checkpointer_of,
+    compiled,
+    safest_durability,
+    thread_config,
+)
+from langgraph_peerctx.errors import ConfigurationError, StaleOwnerError, StoreError
+from langgraph_peerctx.identifiers import check_id, new_id
+from langgraph_peerctx.persistence.runs import EndKind, NewRun, Run, RunInput
+
+_logger = logging.getLogger(__name__)
+
+_INSIDE = "__pregel_read"
+"""In the config of whatever LangGraph runs inside a node."""
+
+
+class OwnedRun:
+    """A thread whose runs are owned; made by `owned`."""
+
+    def __init__(self, workflow: Workflow, thread_id: str) -> None:
+        self.workflow: Workflow = workflow
+        self.thread_id: str = thread_id
+
+    async def ainvoke(
+        self,
+        input: Any,  # noqa: A002 - LangGraph's name
+        config: RunnableConfig | None = None,
+        **options: Any,
+    ) -> Any:
+        """Run the workflow; see LangGraph's `ainvoke`, and `own_runs` for what is added."""
+        return await self.workflow.ainvoke(input, thread_config(config, self.thread_id), **options)
+
+    async def astream(
+        self,
+        input: Any,  # noqa: A002 - LangGraph's name
+        config: RunnableConfig | None = None,
+        **options: Any,
+    ) -> AsyncIterator[Any]:
+        """Run the workflow and yield what it streams; see `ainvoke`."""
+        place = thread_config(config, self.thread_id)
+        running: Any = self.workflow.astream(input, place, **options)
+        async with aclosing(running) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+
+@asynccontextmanager
+async def owned(
+    workflow: Workflow,
+    *,
+    agent_id: str,
+    thread_id: str,
+    name: str | None = None,
+    settings: PeerContextSettings | None = None,
+) -> AsyncIterator[OwnedRun]:
+    """Run a workflow so that its runs can be recovered, and nobody else writes meanwhile.
+
+    The process's runtime runs at least as long as the block. See `own_runs`.
+
+    Args:
+        workflow: The compiled workflow, with a checkpointer that recoverers can reach.
+        agent_id: Whose workflow it is.
+        thread_id: The thread.
+        name: Under which supervisors know the workflow; by default its own.
+        settings: For the runtime, if it does not run yet; by default from the environment.
+
+    Raises:
+        ConfigurationError: If an argument cannot be right.
+        ProtocolError: If the agent's id is illegal.
+        StoreError: If the control database cannot be opened.
+        BrokerUnavailableError: If there is no broker, and mock mode is `never`.
+    """
+    owning = own_runs(workflow, agent_id=agent_id, name=name, settings=settings)
+    thread_config(None, thread_id)
+    lease = background.lease(settings)
+    try:
+        await (await lease.aruntime()).own()
+        yield OwnedRun(owning, thread_id)
+    finally:
+        await lease.arelease()
+
+
+def own_runs(
+    workflow: Workflow,
+    *,
+    agent_id: str,
+    name: str | None = None,
+    settings: PeerContextSettings | None = None,
+) -> Workflow:
+    """Return the workflow such that each of its root runs is owned, whoever begins it.
+
+    A run gets a run id, the lease of its thread, and a record with its input, context and config,
+    in one write before its first step; what it writes is refused once another process has taken the
+    thread over; and its end is written down. What goes on with a run (`Command(resume=...)`, or
+    None) belongs to it. Inside another graph it is an ordinary subgraph.
+
+    By default it runs with `durability="sync"`: anything else loses finished steps in a crash.
+
+    Args:
+        workflow: The compiled workflow, with its checkpointer.
+        agent_id: Whose workflow it is.
+        name: Under which supervisors know it; by default its own.
+        settings: For the process's runtime, if it does not run yet.
+
+    Raises, when it runs:
+        ThreadBusyError: If another process is at work on the thread, or an earlier run has not
+            ended.
+        StaleOwnerError: If another process has taken it over meanwhile.
+        ConfigurationError: If the input cannot be stored, or no thread is named.
+        StoreError: If the control database failed; nothing was run.
+    """
+    plain = compiled(workflow)
+    if isinstance(plain, _Owning):
+        raise ConfigurationError("this workflow's runs are owned already")
+    owning: Workflow = _owning_class(
+        type(plain),
+        _Terms(
+            agent_id=check_id(agent_id, "agent_id"),
+            name=name or plain.get_name(),
+            settings=settings,
+        ),
+    )(**_attributes(plain))
+    return owning
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Terms:
+    """Under which a workflow's runs are owned."""
+
+    agent_id: str
+    name: str
+    settings: PeerContextSettings | None
+
+
+class _Owning:
+    """Marks the classes that `_owning_class` makes."""
+
+
+def _attributes(workflow: Workflow) -> dict[str, Any]:
+    return {k: v for k, v in workflow.__dict__.items() if k != "__orig_class__"}
+
+
+def _owning_class(kind: type[Any], terms: _Terms) -> type[Any]:
+    """Return a subclass whose `stream` and `astream`, through which all else goes, are owned."""
+
+    def stream(
+        self: Any,
+        input: Any,  # noqa: A002 - LangGraph's name
+        config: RunnableConfig | None = None,
+        **options: Any,
+    ) -> Iterator[Any]:
+        plain = kind(**_attributes(self))
+        if _is_inside(config):
+            yield from plain.stream(input, config, **options)
+            return
+        with _begun_now(plain, terms, input, config, options) as (workflow, place, chosen):
+            yield from workflow.stream(input, place, **chosen)
+
+    async def astream(
+        self: Any,
+        input: Any,  # noqa: A002 - LangGraph's name
+        config: RunnableConfig | None = None,
+        **options: Any,
+    ) -> AsyncIterator[Any]:
+        plain = kind(**_attributes(self))
+        async with AsyncExitStack() as stack:
+            workflow, place, chosen = plain, config, options
+            if not _is_inside(config):
+                begun = _begun(plain, terms, input, config, options)
+                workflow, place, chosen = await stack.enter_async_context(begun)
+            # A stream that is broken off is closed here and now, or its end would be written late.
+            running = workflow.astream(input, place, **chosen)
+            async for chunk in await stack.enter_async_context(aclosing(running)):
+                yield chunk
+
+    methods = {"stream": stream, "astream": astream}
+    return type(kind.__name__, (_Owning, kind), methods)
+
+
+def _is_inside(config: RunnableConfig | None) -> bool:
+    """Tell whether a run is a part of another graph's."""
+    return _INSIDE in (ensure_config(config).get("configurable") or {})
+
+
+_Begun = tuple[Workflow, RunnableConfig, dict[str, Any]]
+"""What is run: the workflow behind its fence, its config, and the options."""
+
+
+@asynccontextmanager
+async def _begun(
+    plain: Workflow, terms: _Terms, given: Any, config: RunnableConfig | None, options: Any
+) -> AsyncIterator[_Begun]:
+    order = _Order(plain, terms, given, config, options)
+    lease = background.lease(terms.settings, keep=True)
+    try:
+        runtime = await lease.aruntime()
+        ownership = await runtime.own()
+        newest, head_id = None, None
+        if order.continues:
+            newest = await ownership.control.anewest_run(terms.agent_id, order.thread_id)
+            head = await order.saver.aget_tuple(order.place) if order.saver else None
+            head_id = None if head is None else head.checkpoint["id"]
+        run = order.run(newest, head_id)
+        if newest is not None and run.run_id == newest.run_id:
+            held = await ownership.areopen(terms.agent_id, order.thread_id, run.run_id, run.given)
+        else:
+            held = await ownership.aadmit(run)
+        watch = runtime.watch
+        watch.add(order.thread_id, asyncio.get_running_loop(), order.patience(runtime.settings))
+        try:
+            yield fenced(plain, ownership), of_admitted_run(order.config, run.run_id), order.options
+        except BaseException as error:
+            await _ended(ownership, held, run.run_id, *_how(error, ownership))
+            raise
+        else:
+            await _ended(ownership, held, run.run_id, "returned", None)
+        finally:
+            watch.remove(order.thread_id)
+    finally:
+        lease.release()
+
+
+@contextmanager
+def _begun_now(
+    plain: Workflow, terms: _Terms, given: Any, config: RunnableConfig | None, options: Any
+) -> Iterator[_Begun]:
+    """See `_begun`: the same in sync code, which has no loop that could be watched."""
+    order = _Order(plain, terms, given, config, options)
+    lease = background.lease(terms.settings, keep=True)
+    try:
+        ownership = lease.runtime().own_now()
+        newest, head_id = None, None
+        if order.continues:
+            newest = ownership.control.newest_run(terms.agent_id, order.thread_id)
+            head = order.saver.get_tuple(order.place) if order.saver else None
+            head_id = None if head is None else head.checkpoint["id"]
+        run = order.run(newest, head_id)
+        if newest is not None and run.run_id == newest.run_id:
+            held = ownership.reopen(terms.agent_id, order.thread_id, run.run_id, run.given)
+        else:
+            held = ownership.admit(run)
+        try:
+            yield fenced(plain, ownership), of_admitted_run(order.config, run.run_id), order.options
+        except BaseException as error:
+            _ended_now(ownership, held, run.run_id, *_how(error, ownership))
+            raise
+        else:
+            _ended_now(ownership, held, run.run_id, "returned", None)
+    finally:
+        lease.release()
+
+
+class _Order:
+    """A run that is asked for.
+
+    Raises:
+        ConfigurationError: If no thread is named.
+    """
+
+    def __init__(
+        self,
+        plain: Workflow,
+        terms: _Terms,
+        given: Any,
+        config: RunnableConfig | None,
+        options: dict[str, Any],
+    ) -> None:
+        self._plain = plain
+        self._terms = terms
+        self._given = given
+        self.config: RunnableConfig = ensure_config(merge_configs(plain.config, config))
+        configurable = self.config.get("configurable") or {}
+        if "thread_id" not in configurable:
+            raise ConfigurationError(
+                "an owned run needs a thread: config={'configurable': {'thread_id': ...}}"
+            )
+        self.thread_id = str(configurable["thread_id"])
+        self.options: dict[str, Any] = {**options, "durability": self._durability(options)}
+        # A fork from an earlier checkpoint is a run of its own.
+        self.continues: bool = is_continuation(given) and "checkpoint_id" not in configurable
+        self.saver = checkpointer_of(plain)
+        self.place: RunnableConfig = {"configurable": {"thread_id": self.thread_id}}
+
+    def run(self, newest: Run | None, head_id: str | None) -> NewRun:
+        """Return what to write down: a new run, or one more input of the newest.
+
+        Raises:
+            ConfigurationError: If the input cannot be stored.
+        """
+        plain = self._plain
+        return NewRun(
+            run_id=newest.run_id if newest else new_id(),
+            agent_id=self._terms.agent_id,
+            thread_id=self.thread_id,
+            workflow=self._terms.name,
+            given=RunInput(value=packed(plain, self._given, name="input"), checkpoint_id=head_id),
+            config=packed_config(plain, self.config),
+            context=packed_context(plain, self.options.get("context")),
+            durability=self.options["durability"],
+        )
+
+    def patience(self, settings: PeerContextSettings) -> float:
+        """Return how long the run's loop may stand still, in seconds."""
+        step = self._plain.step_timeout
+        # LangGraph ends a step that is late; where the loop hangs, it cannot.
+        late = settings.stuck_seconds if step is None else step + settings.silence_seconds
+        return min(settings.stuck_seconds, late)
+
+    def _durability(self, options: dict[str, Any]) -> Durability | None:
+        chosen: Durability | None = options.get("durability") or safest_durability(self._plain)
+        if not is_durable(chosen):
+            _logger.warning(
+                "%s runs with durability=%r: steps that have ended can be lost in a crash",
+                self._terms.name,
+                chosen,
+            )
+        return chosen
+
+
+def _how(error: BaseException, ownership: Ownership) -> tuple[EndKind, str | None]:
+    """Say how a run ended that did not return."""
+    if isinstance(error, StaleOwnerError | StoreError):
+        # It did not fail by itself: whoever has the thread next, goes on with it.
+        return "handed_over", f"{type(error).__name__}: {error}"
+    if isinstance(error, Exception):
+        return "raised", f"{type(error).__name__}: {error}"
+    return ("handed_over" if ownership.is_leaving else "cancelled"), type(error).__name__
+
+
+async def _ended(
+    ownership: Ownership, held: Held, run_id: str, kind: EndKind, error: str | None
+) -> None:
+    """Write the end down, whoever is cancelled meanwhile; the run's own outcome counts more."""
+    ending = asyncio.ensure_future(ownership.aend(held, run_id, kind, error=error))
+    try:
+        is_ours = await asyncio.shield(ending)
+    except asyncio.CancelledError:
+        await asyncio.wait({ending})
+        raise
+    except StoreError as fault:
+        _logger.warning("the end of run %s is not written down: %s", run_id, fault)
+    else:
+        _tell(run_id, kind, is_ours=is_ours)
+
+
+def _ended_now(
+    ownership: Ownership, held: Held, run_id: str, kind: EndKind, error: str | None
+) -> None:
+    """See `_ended`."""
+    try:
+        is_ours = ownership.end(held, run_id, kind, error=error)
+    except StoreError as fault:
+        _logger.warning("the end of run %s is not written down: %s", run_id, fault)
+    else:
+        _tell(run_id, kind, is_ours=is_ours)
+
+
+def _tell(run_id: str, kind: EndKind, *, is_ours: bool) -> None:
+    if not is_ours and kind != "handed_over":
+        _logger.warning("run %s was taken over meanwhile: its end here counts for nothing", run_id)

@@ -1,0 +1,357 @@
+"""One recovery under a claim: the thread is taken, the recovery graph runs, the end is written.
+
+Claiming stands outside the graph, at its every start and resume: a stand-in that inherited an epoch
+from a checkpoint would write under a superseded one.
+"""
+
+import asyncio
+import inspect
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+from langchain_core.runnables import RunnableConfig
+from langgraph.checkpoint.base import BaseCheckpointSaver
+from langgraph.checkpoint.serde.types import INTERRUPT
+from langgraph.types import Command
+
+from langgraph_peerctx.background import BackgroundRuntime
+from langgraph_peerctx.durability.admission import config_of, context_of, fenced, input_of
+from langgraph_peerctx.durability.fenced_checkpointer import FencedCheckpointer
+from langgraph_peerctx.durability.isolation import in_empty_context
+from langgraph_peerctx.durability.ownership import Ownership
+from langgraph_peerctx.durability.workflow import Workflow, checkpointer_of, compiled
+from langgraph_peerctx.errors import (
+    BrokerUnavailableError,
+    PeerContextError,
+    StaleOwnerError,
+    StoreError,
+)
+from langgraph_peerctx.gathering.gatherer import OnAnswer
+from langgraph_peerctx.nodes.peer_context_subgraph import Limits
+from langgraph_peerctx.persistence.incidents import Recovery, Settlement
+from langgraph_peerctx.persistence.runs import LostRun, Run
+from langgraph_peerctx.reconstruction.approval import Thresholds
+from langgraph_peerctx.reconstruction.incident import OnStep
+from langgraph_peerctx.reconstruction.recovery import RecoveryResult
+from langgraph_peerctx.reconstruction.recovery_graph import RecoveryPlan, RecoverySteps
+from langgraph_peerctx.reconstruction.resume import Admitted, Given
+from langgraph_peerctx.reconstruction.standing import as_it_stands, kept, plain, result_without
+
+_logger = logging.getLogger(__name__)
+
+ContextFactory: TypeAlias = Callable[[Run], Any | Awaitable[Any]]
+
+RECOVERY_THREAD = "peerctx-recovery-"
+"""Before an incident's id: the thread of its recovery graph, beside the workflow's own threads."""
+FIRST_RETRY_SECONDS = 1.0
+LONGEST_RETRY_SECONDS = 60.0
+_NEEDS_A_PERSON = frozenset({"needs_context", "nothing_to_recover", "not_approved"})
+"""What another attempt would not change."""
+_OUTAGES = (StoreError, BrokerUnavailableError, StaleOwnerError)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SupervisedWorkflow:
+    """A workflow whose runs are recovered, and how.
+
+    Attributes:
+        workflow: Compiled, with the checkpointer that its agents write to.
+        context_factory: Makes the context of a run anew; by default what the run has kept of it.
+        config: Callbacks, tags, metadata and configurable values, under what the run has kept.
+        peer_context_channel: The state channel that receives the peers' facts.
+        use_peer_context: Whether to ask the peers.
+        expect: Who should answer; by default those who are there.
+        timeout_seconds: The longest wait for the peers; by default the settings'.
+        min_responses: Do not resume if fewer answered.
+        approve_below_coverage: Ask a human if less has answered, from 0 to 1; see `Thresholds`.
+        approve_below_confidence: Ask a human if less of what was told is undisputed.
+    """
+
+    workflow: Workflow
+    context_factory: ContextFactory | None = None
+    config: RunnableConfig | None = None
+    peer_context_channel: str = "peer_context"
+    use_peer_context: bool = True
+    expect: tuple[str, ...] = ()
+    timeout_seconds: float | None = None
+    min_responses: int | None = None
+    approve_below_coverage: float | None = None
+    approve_below_confidence: float | None = None
+    thresholds: Thresholds = field(init=False)
+
+    def __post_init__(self) -> None:
+        compiled(self.workflow)
+        thresholds = Thresholds(
+            coverage=self.approve_below_coverage, confidence=self.approve_below_confidence
+        )
+        object.__setattr__(self, "thresholds", thresholds)
+
+
+class Recoverer:
+    """Recovers lost runs, on the loop of whoever asks; claims and leases are the process's.
+
+    Args:
+        runtime: The process's runtime.
+        ownership: What the process owns.
+        on_step: Is told of each step when it has ended.
+        on_answer: Is told of each peer's answer when it arrives.
+    """
+
+    def __init__(
+        self,
+        runtime: BackgroundRuntime,
+        ownership: Ownership,
+        *,
+        on_step: OnStep | None = None,
+        on_answer: OnAnswer | None = None,
+    ) -> None:
+        self._runtime = runtime
+        self._ownership = ownership
+        self._on_step = on_step
+        self._on_answer = on_answer
+
+    async def recover(
+        self, lost: LostRun, supervised: SupervisedWorkflow, *, died: bool = False
+    ) -> RecoveryResult | None:
+        """Take a lost run over and bring it to its end.
+
+        Args:
+            lost: The run.
+            supervised: Its workflow.
+            died: Whether its owner is known to be dead.
+
+        Returns:
+            How it ended; None if somebody else has it, or it is not the time.
+
+        Raises:
+            StoreError: If the control database failed before the claim.
+        """
+        ownership, asked_at = self._ownership, time.monotonic()
+        recovery = await ownership.control.abegin_recovery(
+            lost, ownership.owner, died=died, max_attempts=self._runtime.settings.max_attempts
+        )
+        if recovery is None:
+            return None
+        if recovery.is_over:
+            _logger.error(
+                "%s of %s has had all its attempts: it is a dead letter",
+                lost.thread_id,
+                lost.agent_id,
+                extra={"incident_id": recovery.incident.incident_id},
+            )
+            return result_without(recovery.incident, "dead_letter", "dead_letter: no attempt left")
+        held = ownership.hold(recovery.lease, asked_at)
+        self._runtime.watch.add(
+            lost.thread_id, asyncio.get_running_loop(), self._runtime.settings.stuck_seconds
+        )
+        try:
+            settlement, result = await self._attempt(recovery, supervised)
+        except asyncio.CancelledError:
+            await self._settle(recovery, _handed_over("the recoverer leaves"))
+            raise
+        finally:
+            self._runtime.watch.remove(lost.thread_id)
+            ownership.drop(held)
+        if not await self._settle(recovery, settlement):
+            return None
+        return result
+
+    async def recover_thread(
+        self, agent_id: str, thread_id: str, supervised: SupervisedWorkflow
+    ) -> RecoveryResult:
+        """Recover a thread if it needs it, and say what is with it otherwise.
+
+        Raises:
+            StoreError: If the control database failed.
+        """
+        control = self._ownership.control
+        lost = await control.aopen_run(agent_id, thread_id)
+        result = None if lost is None else await self.recover(lost, supervised)
+        if result is not None:
+            return result
+        incident = await control.aincident_of(agent_id, thread_id)
+        lost = await control.aopen_run(agent_id, thread_id)
+        return as_it_stands(agent_id, thread_id, lost, incident)
+
+    async def _attempt(
+        self, recovery: Recovery, supervised: SupervisedWorkflow
+    ) -> tuple[Settlement, RecoveryResult]:
+        """Run the recovery graph, and say what is to be written down."""
+        incident = recovery.incident
+        try:
+            steps = RecoverySteps(await self._plan(recovery, supervised))
+            state = await self._run(recovery, supervised, steps)
+        except PeerContextError as error:
+            _logger.warning("the recovery of %s failed: %s", incident.thread_id, error)
+            return self._failed(recovery, error, None)
+        except Exception as error:
+            _logger.exception("the recovery of %s failed", incident.thread_id)
+            return self._failed(recovery, error, None)
+        if state.get(INTERRUPT):
+            question = plain(state[INTERRUPT][0].value)
+            settlement = Settlement(
+                status="waiting_for_human", end_kind="handed_over", question=question
+            )
+            reason = f"waiting_for_human: {incident.incident_id[:8]} asks whether to resume"
+            return settlement, result_without(incident, "waiting_for_human", reason)
+        result: RecoveryResult = state["result"]
+        settlement = _settlement(result)
+        if result["status"] == "failed":
+            settlement, result = self._failed(recovery, steps.error, result)
+        return settlement, {**result, "final_state": steps.final_state}
+
+    async def _plan(self, recovery: Recovery, supervised: SupervisedWorkflow) -> RecoveryPlan:
+        run, workflow = recovery.run, fenced(supervised.workflow, self._ownership)
+        said = config_of(workflow, run)
+        fork_of = said.get("configurable", {}).pop("checkpoint_id", None)
+        return RecoveryPlan(
+            workflow=workflow,
+            admitted=Admitted(
+                run_id=run.run_id,
+                inputs=tuple(
+                    Given(value=input_of(workflow, run, number), checkpoint_id=given.checkpoint_id)
+                    for number, given in enumerate(run.inputs)
+                ),
+                fork_of=fork_of,
+            ),
+            channel=supervised.peer_context_channel,
+            context=await _context(workflow, run, supervised.context_factory),
+            config=_merged(supervised.config, said),
+            durability=run.durability,
+            use_peer_context=supervised.use_peer_context,
+            limits=Limits(
+                expect=supervised.expect,
+                timeout_seconds=supervised.timeout_seconds,
+                min_responses=supervised.min_responses,
+            ),
+            thresholds=supervised.thresholds,
+            settings=self._runtime.settings,
+            on_step=self._on_step,
+            on_answer=self._on_answer,
+        )
+
+    async def _run(
+        self, recovery: Recovery, supervised: SupervisedWorkflow, steps: RecoverySteps
+    ) -> dict[str, Any]:
+        """Begin the recovery graph, or go on where an earlier recoverer left it."""
+        incident, saver = recovery.incident, checkpointer_of(supervised.workflow)
+        order = {"failed_agent_id": incident.agent_id, "thread_id": incident.thread_id}
+        if saver is None:
+            app = steps.graph().compile(name="recovery")
+            begun: dict[str, Any] = await in_empty_context(
+                app.ainvoke(order), name=f"recover {incident.thread_id}"
+            )
+            return begun
+        app = steps.graph().compile(checkpointer=self._beside(saver, recovery), name="recovery")
+        place: RunnableConfig = {
+            "configurable": {"thread_id": f"{RECOVERY_THREAD}{incident.incident_id}"}
+        }
+        snapshot = await app.aget_state(place)
+        given: Any = order
+        if snapshot.tasks:
+            given = Command(resume=incident.answer["value"]) if incident.answer else None
+        state: dict[str, Any] = await in_empty_context(
+            app.ainvoke(given, place, durability="sync"), name=f"recover {incident.thread_id}"
+        )
+        return state
+
+    def _beside(
+        self, saver: BaseCheckpointSaver[Any], recovery: Recovery
+    ) -> BaseCheckpointSaver[Any]:
+        """Return the saver for the recovery's own thread: one lease fences both."""
+        bare = saver.bare if isinstance(saver, FencedCheckpointer) else saver
+        return FencedCheckpointer(bare, _OfThread(self._ownership, recovery.lease.thread_id))
+
+    def _failed(
+        self, recovery: Recovery, error: Exception | None, result: RecoveryResult | None
+    ) -> tuple[Settlement, RecoveryResult]:
+        """Put the next attempt off, or the incident aside."""
+        incident = recovery.incident
+        said = f"failed: {type(error).__name__}: {str(error)[:300]}"
+        found = result or result_without(incident, "failed", said)
+        is_outage = isinstance(error, _OUTAGES)
+        is_last = not is_outage and incident.attempts >= self._runtime.settings.max_attempts
+        settlement = replace(
+            _handed_over(said),
+            status="dead_letter" if is_last else "open",
+            result=kept(found),
+            report=plain(found["incident"]),
+            counts=not is_outage,
+            retry_seconds=min(
+                FIRST_RETRY_SECONDS * 2 ** max(0, incident.attempts - 1), LONGEST_RETRY_SECONDS
+            ),
+        )
+        return settlement, found
+
+    async def _settle(self, recovery: Recovery, settlement: Settlement) -> bool:
+        """Write the end down, whoever is cancelled meanwhile; tell whether it was ours to write."""
+        incident = recovery.incident
+        settling = asyncio.ensure_future(self._ownership.control.asettle(recovery, settlement))
+        try:
+            is_ours = await asyncio.shield(settling)
+        except asyncio.CancelledError:
+            await asyncio.wait({settling})
+            raise
+        except StoreError as error:
+            _logger.warning("the end of a recovery is not written down: %s", error)
+            return True  # it ended here; whoever takes it up again finds it so
+        if not is_ours:
+            _logger.warning("the recovery of %s was taken over meanwhile", incident.thread_id)
+        return is_ours
+
+
+class _OfThread:
+    """A fence that lets a thread be written under another one's lease."""
+
+    def __init__(self, ownership: Ownership, thread_id: str) -> None:
+        self._ownership = ownership
+        self._thread_id = thread_id
+
+    def may_write(self, thread_id: str) -> int | None:
+        del thread_id
+        return self._ownership.may_write(self._thread_id)
+
+    async def amay_write(self, thread_id: str) -> int | None:
+        del thread_id
+        return await self._ownership.amay_write(self._thread_id)
+
+    def epoch_of(self, thread_id: str) -> int:
+        del thread_id
+        return self._ownership.epoch_of(self._thread_id)
+
+    async def aepoch_of(self, thread_id: str) -> int:
+        del thread_id
+        return await self._ownership.aepoch_of(self._thread_id)
+
+
+async def _context(workflow: Workflow, run: Run, factory: ContextFactory | None) -> Any:
+    if factory is None:
+        return context_of(workflow, run)
+    made = factory(run)
+    return await made if inspect.isawaitable(made) else made
+
+
+def _merged(ours: RunnableConfig | None, kept: RunnableConfig) -> RunnableConfig:
+    """Return what the run has kept over what the supervisor says."""
+    own = ours or {}
+    merged: RunnableConfig = {**own, **kept}
+    merged["configurable"] = {**own.get("configurable", {}), **kept.get("configurable", {})}
+    merged["metadata"] = {**own.get("metadata", {}), **kept.get("metadata", {})}
+    return merged
+
+
+def _settlement(result: RecoveryResult) -> Settlement:
+    needs_a_person = result["status"] in _NEEDS_A_PERSON
+    return Settlement(
+        status="dead_letter" if needs_a_person else "recovered",
+        end_kind="handed_over" if needs_a_person else "returned",
+        result=kept(result),
+        report=plain(result["incident"]),
+    )
+
+
+def _handed_over(why: str) -> Settlement:
+    return Settlement(status="open", end_kind="handed_over", error=why, counts=False)

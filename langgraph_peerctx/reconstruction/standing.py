@@ -1,0 +1,117 @@
+"""What is with a thread that is not recovered here: somebody else is at it, was, or must be."""
+
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from pydantic_core import to_jsonable_python
+
+from langgraph_peerctx.persistence.incidents import Incident, IncidentStatus
+from langgraph_peerctx.persistence.runs import LostRun
+from langgraph_peerctx.reconstruction.incident import incident_record
+from langgraph_peerctx.reconstruction.recovery import RecoveryResult
+from langgraph_peerctx.reconstruction.resume import RecoveryStatus
+
+RESULT_LIMIT = 1_000_000
+"""A final state longer than this, as JSON, is not kept with the incident, in characters."""
+
+_SAID: dict[IncidentStatus, tuple[RecoveryStatus, Callable[[Incident], str]]] = {
+    "recovering": (
+        "recovering_elsewhere",
+        lambda found: f"{found.recoverer_id} is at work on it",
+    ),
+    "open": (
+        "recovering_elsewhere",
+        lambda found: f"its next attempt is not before {found.next_attempt_at}",
+    ),
+    "waiting_for_human": (
+        "waiting_for_human",
+        lambda found: f"answer with `peerctx recover --answer` {found.incident_id[:8]}",
+    ),
+    "dead_letter": (
+        "dead_letter",
+        lambda found: f"see `peerctx incidents show {found.incident_id[:8]}`, and redrive it",
+    ),
+}
+
+
+def as_it_stands(
+    agent_id: str, thread_id: str, lost: LostRun | None, incident: Incident | None
+) -> RecoveryResult:
+    """Return the result of asking for a recovery that is not ours to make; pure.
+
+    Args:
+        agent_id: The agent.
+        thread_id: Its thread.
+        lost: The thread's open run, if it has one.
+        incident: The thread's newest incident, if it has one.
+    """
+    is_done = incident is not None and incident.status == "recovered" and bool(incident.result)
+    if incident and is_done and (lost is None or lost.run_id == incident.run_id):
+        return _elsewhere(incident)
+    if lost is None:
+        reason = "nothing_to_recover: the thread has no run that has not ended"
+        return _result(agent_id, thread_id, "nothing_to_recover", reason)
+    if incident is None or incident.run_id != lost.run_id or incident.status not in _SAID:
+        left = max(0.0, lost.seconds_left)
+        reason = f"unreachable: {lost.owner_id} holds the thread's lease for another {left:.1f} s"
+        return _result(agent_id, thread_id, "unreachable", reason)
+    status, why = _SAID[incident.status]
+    return result_without(incident, status, f"{status}: {why(incident)}")
+
+
+def kept(result: RecoveryResult) -> dict[str, Any]:
+    """Return of a result what is kept with the incident."""
+    found = {name: plain(value) for name, value in result.items() if name != "incident"}
+    if len(repr(found["final_state"])) > RESULT_LIMIT:
+        found["final_state"] = None
+        found["reasons"] = [*found["reasons"], "cut: the final state is too long to be kept here"]
+    return found
+
+
+def plain(value: object) -> Any:
+    """Return a value as JSON for looking at, with text where there is no better."""
+    return to_jsonable_python(value, serialize_unknown=True, inf_nan_mode="null")
+
+
+def _elsewhere(incident: Incident) -> RecoveryResult:
+    """Return what another process has made of it."""
+    told: Mapping[str, Any] = incident.result or {}
+    found = result_without(
+        incident,
+        "recovered_elsewhere",
+        f"recovered_elsewhere: {incident.recoverer_id}: {told.get('status')}",
+    )
+    return {
+        **found,
+        "peer_context_used": bool(told.get("peer_context_used")),
+        "degraded": bool(told.get("degraded")),
+        "reasons": [*found["reasons"], *told.get("reasons", [])],
+        "final_state": told.get("final_state"),
+    }
+
+
+def result_without(incident: Incident, status: RecoveryStatus, reason: str) -> RecoveryResult:
+    """Return the result of a recovery that ran nothing here."""
+    found = _result(incident.agent_id, incident.thread_id, status, reason)
+    record: Any = incident.report or {**found["incident"], "incident_id": incident.incident_id}
+    return {**found, "incident": record}
+
+
+def _result(agent_id: str, thread_id: str, status: RecoveryStatus, reason: str) -> RecoveryResult:
+    begun = {
+        "incident_id": "",
+        "failed_agent_id": agent_id,
+        "thread_id": thread_id,
+        "started_at": datetime.now(UTC).isoformat(),
+        "steps": [],
+    }
+    return {
+        "recovered": False,
+        "status": status,
+        "peer_context_used": False,
+        "degraded": False,
+        "reasons": [reason],
+        "final_state": None,
+        "incident": incident_record(begun, status, None),
+    }

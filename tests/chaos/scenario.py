@@ -1,0 +1,118 @@
+"""What the processes of one experiment share, and the workflow that they run."""
+
+import asyncio
+import operator
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+from uuid import uuid4
+
+from langgraph.checkpoint.postgres.aio import AsyncPostgresSaver
+from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
+from langgraph.graph import END, START, StateGraph
+
+from langgraph_peerctx.config import KafkaConfig, PeerContextSettings
+from langgraph_peerctx.nodes.state import PeerContextState
+
+NODES = ("plan", "left", "right", "join", "end")
+FINAL = ["in", *NODES]
+"""The log of a launch that nobody disturbed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """Where everybody finds each other; it is handed to each process.
+
+    Attributes:
+        database: Control database and checkpoints: `sqlite`, two files, or a PostgreSQL address.
+        work_seconds: How long each node works.
+    """
+
+    servers: str
+    folder: str
+    database: str = "sqlite"
+    sentinel: str = "off"
+    sentinel_directory: str | None = None
+    interval: float = 0.25
+    pause: float = 0.75
+    work_seconds: float = 0.05
+    durability: str = "sync"
+    name: str = field(default_factory=lambda: uuid4().hex[:12])
+    control: str | None = None
+    kafka: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def control_url(self) -> str:
+        if self.control is not None:
+            return self.control
+        return self.database if self.database != "sqlite" else f"sqlite:///{self.folder}/control.db"
+
+    @property
+    def ledger(self) -> Path:
+        """One line a node that began: who ran it, of which thread."""
+        return Path(self.folder) / "ledger"
+
+    def settings(self, process_id: str, **more: Any) -> PeerContextSettings:
+        return PeerContextSettings(
+            kafka=KafkaConfig(
+                bootstrap_servers=self.servers,
+                presence_topic=f"presence.{self.name}",
+                context_request_topic=f"request.{self.name}",
+                context_response_topic_prefix=f"response.{self.name}",
+                **self.kafka,
+            ),
+            **{
+                "mock_mode": "auto",
+                "process_id": process_id,
+                "requester_id": "recovery",
+                "database_url": f"sqlite:///{self.folder}/events.db",
+                "control_database_url": self.control_url,
+                "heartbeat_interval_seconds": self.interval,
+                "heartbeat_pause_seconds": self.pause,
+                "sweep_seconds": 1.0,
+                "sentinel": self.sentinel,
+                "sentinel_directory": self.sentinel_directory,
+                **more,
+            },
+        )
+
+    @asynccontextmanager
+    async def checkpointer(self) -> AsyncIterator[Any]:
+        if self.database == "sqlite":
+            async with AsyncSqliteSaver.from_conn_string(f"{self.folder}/threads.db") as saver:
+                await saver.setup()
+                yield saver
+        else:
+            async with AsyncPostgresSaver.from_conn_string(self.database) as saver:
+                yield saver
+
+
+class Launch(PeerContextState, total=False):
+    log: Annotated[list[str], operator.add]
+
+
+def workflow(scenario: Scenario, saver: Any, who: str) -> Any:
+    """A line with a fan-out in it; each node writes down that it began, works, and says so."""
+
+    def node(name: str) -> Any:
+        async def run(_state: Launch) -> dict[str, Any]:
+            with scenario.ledger.open("a") as ledger:
+                ledger.write(f"{who} {name} {time.time():.3f}\n")
+            await asyncio.sleep(scenario.work_seconds)
+            return {"log": [name]}
+
+        return run
+
+    builder = StateGraph(Launch)
+    for name in NODES:
+        builder.add_node(name, node(name))
+    builder.add_edge(START, "plan")
+    builder.add_edge("plan", "left")
+    builder.add_edge("plan", "right")
+    builder.add_edge(["left", "right"], "join")
+    builder.add_edge("join", "end")
+    builder.add_edge("end", END)
+    return builder.compile(checkpointer=saver, name="launch")
