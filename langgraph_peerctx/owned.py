@@ -5,9 +5,10 @@ Whoever dies in one has left behind what another process needs to go on with it.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from langchain_core.runnables import RunnableConfig
@@ -150,6 +151,18 @@ def own_runs(
         ),
     )(**_attributes(plain))
     return owning
+
+
+def unowned(workflow: Workflow) -> Workflow:
+    """Return the workflow as it was before `own_runs`; any other as it is.
+
+    A recoverer claims the thread itself: its resume must not be a run that asks to be admitted.
+    """
+    if not isinstance(workflow, _Owning):
+        return workflow
+    _, kind = type(workflow).__bases__
+    plain: Workflow = kind(**_attributes(workflow))
+    return plain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -367,7 +380,8 @@ async def _ended(
         await asyncio.wait({ending})
         raise
     except StoreError as fault:
-        _logger.warning("the end of run %s is not written down: %s", run_id, fault)
+        end = partial(ownership.control.end, held.lease, run_id, kind, error=error)
+        _owe(ownership, held, end, fault)
     else:
         _tell(run_id, kind, is_ours=is_ours)
 
@@ -379,9 +393,16 @@ def _ended_now(
     try:
         is_ours = ownership.end(held, run_id, kind, error=error)
     except StoreError as fault:
-        _logger.warning("the end of run %s is not written down: %s", run_id, fault)
+        end = partial(ownership.control.end, held.lease, run_id, kind, error=error)
+        _owe(ownership, held, end, fault)
     else:
         _tell(run_id, kind, is_ours=is_ours)
+
+
+def _owe(ownership: Ownership, held: Held, end: Callable[[], bool], fault: StoreError) -> None:
+    """Have the end written down later; until then its lease runs out."""
+    _logger.warning("the end of a run is not written down yet: %s", fault)
+    ownership.owe(held.thread_id, end)
 
 
 def _tell(run_id: str, kind: EndKind, *, is_ours: bool) -> None:

@@ -19,7 +19,12 @@ from typing_extensions import TypedDict
 from langgraph_peerctx import background
 from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.durability.admission import config_of, context_of, input_of
-from langgraph_peerctx.errors import ConfigurationError, StaleOwnerError, ThreadBusyError
+from langgraph_peerctx.errors import (
+    ConfigurationError,
+    StaleOwnerError,
+    StoreError,
+    ThreadBusyError,
+)
 from langgraph_peerctx.owned import own_runs, owned
 from langgraph_peerctx.persistence.incidents import ControlDatabase
 
@@ -365,3 +370,35 @@ async def test_a_control_database_that_is_not_there_begins_nothing(
     with pytest.raises(Exception, match="folder"):
         async with owned(workflow(), agent_id=AGENT, thread_id=THREAD):
             pass
+
+
+async def test_an_end_that_cannot_be_written_is_written_when_the_database_is_back(
+    control: ControlDatabase, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def second(_state: State) -> State:
+        lease = background.lease()
+        (await lease.aruntime()).call(break_ends)
+        lease.release()
+        return {"log": ["second"]}
+
+    async def break_ends(runtime: Any) -> None:
+        database = (await runtime.own()).control
+        end = database.end
+
+        def mended(*arguments: Any, **options: Any) -> bool:
+            if time.monotonic() < mended_at:
+                raise StoreError("gone")
+            return bool(end(*arguments, **options))
+
+        database.end = mended
+
+    mended_at = time.monotonic() + 1
+    async with owned(workflow(second), agent_id=AGENT, thread_id=THREAD) as run:
+        final = await run.ainvoke({"log": []})
+        assert final["log"] == ["first", "second"], "its outcome counts more"
+        assert newest(control).is_open
+        async with asyncio.timeout(10):
+            while newest(control).is_open:
+                await asyncio.sleep(0.05)
+    assert newest(control).end_kind == "returned"
+    assert "not written down yet" in caplog.text

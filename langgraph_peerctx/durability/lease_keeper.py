@@ -56,6 +56,7 @@ class LeaseKeeper:
         for thread_id in sorted(stuck - self._stuck):
             _logger.warning("the loop of %r does not turn: its run may be taken over", thread_id)
         self._stuck = stuck
+        await self._ownership.pay()
         if not self._ownership.held:
             return
         lost = await self._ownership.renew(but=stuck)

@@ -76,6 +76,7 @@ class Ownership:
         )
         self._clock = clock
         self._held: dict[str, Held] = {}
+        self._owed: dict[str, Callable[[], object]] = {}
         self._lock = threading.Lock()
         self.is_leaving: bool = False
 
@@ -151,11 +152,37 @@ class Ownership:
         self.drop(held)
         return await self.control.aend(held.lease, run_id, kind, error=error)
 
+    @property
+    def owed(self) -> frozenset[str]:
+        """The threads whose end is not written down yet: they are renewed no more."""
+        return frozenset(self._owed)
+
+    def owe(self, thread_id: str, write: Callable[[], object]) -> None:
+        """Write an end down as soon as the database answers; see `pay`.
+
+        Args:
+            thread_id: The thread.
+            write: Writes it; blocks.
+        """
+        self._owed[thread_id] = write
+
+    async def pay(self) -> None:
+        """Write down what is owed.
+
+        Raises:
+            StoreError: If the database still does not answer.
+        """
+        for thread_id, write in list(self._owed.items()):
+            await self._leases.in_thread(write)
+            if self._owed.get(thread_id) is write:
+                del self._owed[thread_id]
+
     async def hand_over(self) -> int:
         """Give everything back: whoever can, goes on with it at once. Return how many runs."""
         self.is_leaving = True
         with self._lock:
             self._held.clear()
+        await self.pay()
         return await self.control.ahand_over(self.owner.incarnation)
 
     async def renew(self, *, but: Collection[str] = ()) -> tuple[str, ...]:
@@ -165,6 +192,7 @@ class Ownership:
             but: Threads that are not to be renewed.
         """
         asked_at, before = self._clock(), self.held
+        but = self.owed.union(but)
         renewed = await self._leases.arenew(
             self.owner.incarnation, ttl_seconds=self.owner.ttl_seconds, but=tuple(but)
         )
@@ -202,7 +230,9 @@ class Ownership:
         held, asked_at = self._held.get(thread_id), self._clock()
         if held is not None and asked_at >= held.good_until:
             before = self.held
-            renewed = self._leases.renew(self.owner.incarnation, ttl_seconds=self.owner.ttl_seconds)
+            renewed = self._leases.renew(
+                self.owner.incarnation, ttl_seconds=self.owner.ttl_seconds, but=tuple(self.owed)
+            )
             self._renewed(before, renewed, asked_at)
         return self.judge(thread_id, held, self._leases.leases_of_thread(thread_id))
 

@@ -1,8 +1,10 @@
 """Looking at a database without changing it: what `peerctx doctor` says of it."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from functools import partial
+from typing import Final, Literal, NamedTuple
 
 from sqlalchemy import Connection, Engine, func, select, text
 
@@ -10,15 +12,33 @@ from langgraph_peerctx.errors import PeerContextError, StoreBusyError
 from langgraph_peerctx.persistence.engine import connect, file_of, name_of
 from langgraph_peerctx.persistence.faults import translated
 from langgraph_peerctx.persistence.migrations import HEAD
-from langgraph_peerctx.persistence.schema import metadata
+from langgraph_peerctx.persistence.runs import IS_OPEN
+from langgraph_peerctx.persistence.schema import incidents, metadata, runs
 from langgraph_peerctx.persistence.upgrade import schema_version
 
 COUNT_LIMIT = 10_000
 """Rows are counted up to here: a doctor does not read ten million of them."""
 
-_MAY_WRITE = text(
-    "SELECT current_setting('transaction_read_only') = 'off'"
-    " AND has_table_privilege('peerctx_interactions', 'INSERT')"
+_IS_READ_ONLY = text("SELECT current_setting('transaction_read_only') = 'on'")
+_MAY = text("SELECT has_table_privilege(:table, :privilege)")
+_CLOCK = text("SELECT extract(epoch from clock_timestamp())")
+
+
+class Need(NamedTuple):
+    """What a database's user must be allowed to do."""
+
+    privilege: Literal["INSERT", "UPDATE"]
+    table: str
+
+
+EVENT_STORE_NEEDS: Final = (Need("INSERT", "peerctx_interactions"),)
+CONTROL_NEEDS: Final = (
+    *(
+        Need(privilege, table)
+        for table in ("peerctx_leases", "peerctx_runs", "peerctx_incidents")
+        for privilege in ("INSERT", "UPDATE")
+    ),
+    Need("INSERT", "peerctx_run_inputs"),
 )
 
 
@@ -34,7 +54,10 @@ class DatabaseState:
         at_head: Whether the schema is this release's.
         writable: Whether a row could be written now; None if nobody could tell.
         wal: Whether an SQLite file is in WAL mode; None on a server.
+        clock_ahead_seconds: A server's clock against ours; None for a file, which has none.
         rows: Rows by table; `COUNT_LIMIT` means so many or more.
+        open_runs: Runs that have not ended, counted up to the same.
+        incidents: How many by status.
         problems: What is wrong, and what to do about it: one sentence each.
     """
 
@@ -45,7 +68,10 @@ class DatabaseState:
     at_head: bool = False
     writable: bool | None = None
     wal: bool | None = None
+    clock_ahead_seconds: float | None = field(default=None, compare=False)
     rows: Mapping[str, int] = field(default_factory=dict)
+    open_runs: int = 0
+    incidents: Mapping[str, int] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
 
     @property
@@ -54,19 +80,22 @@ class DatabaseState:
         return not self.problems
 
 
-def describe_database(url: str, *, timeout_seconds: float = 5.0) -> DatabaseState:
+def describe_database(
+    url: str, *, timeout_seconds: float = 5.0, needs: Sequence[Need] = EVENT_STORE_NEEDS
+) -> DatabaseState:
     """Look at a database; nothing is made, changed or raised.
 
     Args:
         url: `sqlite:///FILE` or `postgresql://USER:PASSWORD@HOST/NAME`.
         timeout_seconds: How long each look may take.
+        needs: What its user must be allowed to do; of a file everything is asked at once.
     """
     try:
         engine = connect(url, timeout_seconds=timeout_seconds, as_it_is=True)
     except PeerContextError as error:
         return DatabaseState(problems=(str(error),))
     try:
-        return _missing_file(engine) or _look(engine)
+        return _missing_file(engine) or _look(engine, needs)
     finally:
         engine.dispose()
 
@@ -105,11 +134,11 @@ def _missing_file(engine: Engine) -> DatabaseState | None:
     return _with_problem(missing, f"{file.parent} does not exist: make it, or name another file")
 
 
-def _look(engine: Engine) -> DatabaseState:
+def _look(engine: Engine, needs: Sequence[Need]) -> DatabaseState:
     """Look at one thing after the other, up to the first that cannot be seen."""
     state = DatabaseState(name=name_of(engine))
     try:
-        for look in (_at_version, _at_contents, _at_writing):
+        for look in (_at_version, _at_contents, partial(_at_writing, needs)):
             state = look(engine, state)
     except StoreBusyError as error:
         return replace(_with_problem(state, str(error)), reachable=True)
@@ -125,17 +154,29 @@ def _at_version(engine: Engine, state: DatabaseState) -> DatabaseState:
 
 def _at_contents(engine: Engine, state: DatabaseState) -> DatabaseState:
     with translated(engine), engine.connect() as connection:
-        rows = _rows(connection) if state.at_head else {}
-        state = replace(state, rows=rows, wal=_wal(connection))
+        state = replace(state, wal=_wal(connection), clock_ahead_seconds=_clock(connection))
+        if state.at_head:
+            state = replace(
+                state,
+                rows=_rows(connection),
+                open_runs=_open_runs(connection),
+                incidents=_incidents(connection),
+            )
     if state.wal is False and state.at_head:
         return _with_problem(state, f"{state.name} is not in WAL mode: open a store on it once")
     return state
 
 
-def _at_writing(engine: Engine, state: DatabaseState) -> DatabaseState:
-    state = replace(state, writable=_writable(engine, state))
-    if state.writable is False:
-        return _with_problem(state, f"{state.name} is read-only for this user: grant INSERT")
+def _at_writing(needs: Sequence[Need], engine: Engine, state: DatabaseState) -> DatabaseState:
+    if engine.dialect.name == "sqlite":
+        return replace(state, writable=_written_and_taken_back(engine))
+    if not state.at_head:
+        return state
+    refused = _refused(engine, needs)
+    state = replace(state, writable=not refused)
+    if refused:
+        problem = f"{state.name} is read-only for this user: grant {', '.join(refused)}"
+        return _with_problem(state, problem)
     return state
 
 
@@ -157,18 +198,34 @@ def _rows(connection: Connection) -> dict[str, int]:
     return counts
 
 
-def _writable(engine: Engine, state: DatabaseState) -> bool | None:
-    """Tell whether a row could be written; on SQLite by writing, and taking it back.
+def _open_runs(connection: Connection) -> int:
+    some = select(text("1")).select_from(runs).where(IS_OPEN).limit(COUNT_LIMIT).subquery()
+    return connection.execute(select(func.count()).select_from(some)).scalar_one()
 
-    Raises:
-        StoreError: If SQLite says why not.
-    """
-    if engine.dialect.name == "sqlite":
-        return _written_and_taken_back(engine)
-    if not state.at_head:
+
+def _incidents(connection: Connection) -> dict[str, int]:
+    counting = select(incidents.c.status, func.count().label("number")).group_by(incidents.c.status)
+    return {row.status: row.number for row in connection.execute(counting)}
+
+
+def _clock(connection: Connection) -> float | None:
+    if connection.dialect.name == "sqlite":
         return None
+    asked = time.time()
+    told = float(connection.execute(_CLOCK).scalar_one())
+    return told - (asked + time.time()) / 2
+
+
+def _refused(engine: Engine, needs: Sequence[Need]) -> list[str]:
+    """Return what a server would not let us do."""
     with translated(engine), engine.connect() as connection:
-        return bool(connection.execute(_MAY_WRITE).scalar_one())
+        if connection.execute(_IS_READ_ONLY).scalar_one():
+            return [f"{need.privilege} on {need.table}" for need in needs]
+        return [
+            f"{need.privilege} on {need.table}"
+            for need in needs
+            if not connection.execute(_MAY, need._asdict()).scalar_one()
+        ]
 
 
 def _written_and_taken_back(engine: Engine) -> Literal[True]:

@@ -15,6 +15,9 @@ _LEAST_CONNECT_SECONDS = 2
 """What libpq makes of anything shorter."""
 
 
+IDLE_MILLISECONDS = 2_000
+"""How long a transaction may wait for its client's next word: a frozen one's locks are in the way
+of whoever takes its threads over."""
 _GRACE_SECONDS = 0.5
 """Beyond the server's own timeout: the server says better what it waited for."""
 
@@ -73,7 +76,10 @@ def patience(connection: Connection, seconds: float) -> Iterator[None]:
 def connecting(timeout_seconds: float) -> Callable[..., DeadlineConnection]:
     """Return what makes SQLAlchemy's connections, as its `do_connect` event wants it."""
     milliseconds = int(timeout_seconds * 1_000)
-    limits = f"-c statement_timeout={milliseconds} -c lock_timeout={milliseconds}"
+    limits = (
+        f"-c statement_timeout={milliseconds} -c lock_timeout={milliseconds} "
+        f"-c idle_in_transaction_session_timeout={IDLE_MILLISECONDS}"
+    )
     deadlines = {
         "connect_timeout": max(_LEAST_CONNECT_SECONDS, int(timeout_seconds)),
         "tcp_user_timeout": milliseconds,

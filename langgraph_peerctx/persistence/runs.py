@@ -26,7 +26,7 @@ _MICROSECONDS = 1_000_000
 _ERROR_LIMIT = 2_000
 
 # As the partial index has it: a database uses that only for the very same condition.
-_IS_OPEN: Any = text("(peerctx_runs.ended_at IS NULL OR peerctx_runs.end_kind = 'handed_over')")
+IS_OPEN: Any = text("(peerctx_runs.ended_at IS NULL OR peerctx_runs.end_kind = 'handed_over')")
 
 
 class Packed(NamedTuple):
@@ -381,7 +381,7 @@ class Runs(Leases):
                 f"thread {thread_id!r:.80} of {agent_id} has an owner that is at work: wait until "
                 "its run has ended, or see `peerctx agents`"
             )
-        newest = self._run(connection, *asked, _IS_OPEN)
+        newest = self._run(connection, *asked, IS_OPEN)
         if newest is not None and newest.run_id != run_id:
             raise ThreadBusyError(
                 f"run {newest.run_id} of thread {thread_id!r:.80} has not ended: a supervisor "
@@ -485,7 +485,7 @@ class Runs(Leases):
                 (leases.c.expires_at - self._now).label("left"),
             )
             .join(leases, of_its_thread[0] & of_its_thread[1])
-            .where(_IS_OPEN, *asked)
+            .where(IS_OPEN, *asked)
             .order_by(runs.c.admitted_at)
             .limit(limit)
         )

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 from langchain_core.runnables import RunnableConfig
@@ -31,6 +32,7 @@ from langgraph_peerctx.errors import (
 )
 from langgraph_peerctx.gathering.gatherer import OnAnswer
 from langgraph_peerctx.nodes.peer_context_subgraph import Limits
+from langgraph_peerctx.owned import unowned
 from langgraph_peerctx.persistence.incidents import Recovery, Settlement
 from langgraph_peerctx.persistence.runs import LostRun, Run
 from langgraph_peerctx.reconstruction.approval import Thresholds
@@ -83,7 +85,8 @@ class SupervisedWorkflow:
     thresholds: Thresholds = field(init=False)
 
     def __post_init__(self) -> None:
-        compiled(self.workflow)
+        # The recoverer claims the thread itself: what it resumes must not ask to be admitted.
+        object.__setattr__(self, "workflow", unowned(compiled(self.workflow)))
         thresholds = Thresholds(
             coverage=self.approve_below_coverage, confidence=self.approve_below_confidence
         )
@@ -296,7 +299,9 @@ class Recoverer:
             await asyncio.wait({settling})
             raise
         except StoreError as error:
-            _logger.warning("the end of a recovery is not written down: %s", error)
+            _logger.warning("the end of a recovery is not written down yet: %s", error)
+            settle = partial(self._ownership.control.settle, recovery, settlement)
+            self._ownership.owe(incident.thread_id, settle)
             return True  # it ended here; whoever takes it up again finds it so
         if not is_ours:
             _logger.warning("the recovery of %s was taken over meanwhile", incident.thread_id)

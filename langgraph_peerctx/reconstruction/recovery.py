@@ -15,6 +15,7 @@ from langgraph_peerctx.gathering.gatherer import OnAnswer
 from langgraph_peerctx.identifiers import check_id
 from langgraph_peerctx.nodes.on_runtime import Update, Work
 from langgraph_peerctx.nodes.peer_context_subgraph import Limits
+from langgraph_peerctx.owned import unowned
 from langgraph_peerctx.protocol.messages import InDoubtKey
 from langgraph_peerctx.reconstruction.incident import IncidentRecord, OnStep
 from langgraph_peerctx.reconstruction.recovery_graph import RecoveryPlan, RecoverySteps
@@ -110,7 +111,7 @@ async def recover_and_resume_workflow_async(
     source = _Borrowed(runtime) if runtime else _Opened(settings)
     steps = RecoverySteps(
         RecoveryPlan(
-            workflow=compiled(workflow),
+            workflow=unowned(compiled(workflow)),
             channel=peer_context_channel,
             context=context,
             config=config,

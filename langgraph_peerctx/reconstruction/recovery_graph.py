@@ -45,6 +45,7 @@ from langgraph_peerctx.nodes.peer_context_subgraph import (
     RequestContext,
 )
 from langgraph_peerctx.nodes.reading import seconds_in, text_in
+from langgraph_peerctx.owned import unowned
 from langgraph_peerctx.protocol.messages import InDoubtKey
 from langgraph_peerctx.reconstruction.approval import Thresholds, is_approved, what_to_approve
 from langgraph_peerctx.reconstruction.checkpoint import CheckpointView, load_checkpoint
@@ -208,7 +209,7 @@ def create_recovery_graph(
         ConfigurationError: If an argument cannot be right.
     """
     plan = RecoveryPlan(
-        workflow=compiled(workflow),
+        workflow=unowned(compiled(workflow)),
         channel=peer_context_channel,
         context=context,
         config=config,

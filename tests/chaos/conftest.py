@@ -2,8 +2,12 @@
 
 import os
 import random
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import pytest
+from services.postgres import PostgresServer
 
 
 @pytest.fixture
@@ -20,9 +24,16 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
-def database(request: pytest.FixtureRequest) -> str:
-    """Control database and checkpoints."""
+def databases(request: pytest.FixtureRequest) -> Callable[[], AbstractContextManager[str]]:
+    """Makes a control database with checkpoints, for as long as the block lasts."""
     if request.param == "sqlite":
-        return "sqlite"
-    address: str = request.getfixturevalue("postgres_url")
-    return address
+        return partial(nullcontext, "sqlite")
+    server: PostgresServer = request.getfixturevalue("postgres_server")
+    return server.database
+
+
+@pytest.fixture
+def database(databases: Callable[[], AbstractContextManager[str]]) -> Iterator[str]:
+    """Control database and checkpoints."""
+    with databases() as made:
+        yield made

@@ -13,7 +13,6 @@ from typing import Any
 
 from chaos.scenario import Scenario, workflow
 
-from langgraph_peerctx.errors import PeerContextError
 from langgraph_peerctx.lifecycle import peer_context_lifespan
 from langgraph_peerctx.owned import own_runs
 from langgraph_peerctx.reconstruction.supervisor import RecoverySupervisor
@@ -65,24 +64,44 @@ class Child:
         self.hear()
         return next((s for s in self.said if s[: len(beginning)] == beginning), None)
 
-    async def until(self, *beginning: Any, within: float = 30) -> tuple[Any, ...]:
+    async def until(self, *beginning: Any, within: float = 30) -> Any:
         """Wait until it says something that begins so."""
+        return await self.until_one_of(beginning, within=within)
+
+    async def ends(self, within: float = 60) -> None:
+        """Wait until it has ended by itself."""
         deadline = time.monotonic() + within
-        while (found := self.has_said(*beginning)) is None:
-            assert self.process.is_alive(), f"it ended without {beginning}: {self.said[-3:]}"
-            assert time.monotonic() < deadline, f"no {beginning} within {within} s: {self.said}"
-            await asyncio.sleep(0.005)
-        return found
+        while self.process.is_alive():
+            assert time.monotonic() < deadline, f"it lives on: {self.said}"
+            await asyncio.sleep(0.01)
+        self.hear()
 
     def signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
-    async def is_stopped(self, within: float = 30) -> None:
-        """Wait until a SIGSTOP has taken hold."""
+    def freeze(self) -> None:
+        self.signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self.signal(signal.SIGCONT)
+
+    async def stops_or_says(self, *beginning: Any, within: float = 30) -> None:
+        """Wait until a SIGSTOP has taken hold, or it says something that begins so."""
         deadline = time.monotonic() + within
-        while _state(self.pid) != "T":
-            assert time.monotonic() < deadline, "it does not stop"
+        while _state(self.pid) != "T" and not self.has_said(*beginning):
+            assert time.monotonic() < deadline, f"it neither stops nor says {beginning}"
+            await asyncio.sleep(0.005)
+
+    async def until_one_of(self, *beginnings: tuple[Any, ...], within: float = 30) -> Any:
+        """Wait until it says something that begins with one of these."""
+        deadline = time.monotonic() + within
+        while True:
+            for beginning in beginnings:
+                if (found := self.has_said(*beginning)) is not None:
+                    return found
+            assert self.process.is_alive(), f"it ended without {beginnings}: {self.said[-3:]}"
+            assert time.monotonic() < deadline, f"no {beginnings} within {within} s: {self.said}"
             await asyncio.sleep(0.005)
 
     def kill(self) -> None:
@@ -145,7 +164,7 @@ async def agent(orders: Orders, scenario: Scenario, name: str, arm: Any = None) 
                     durability=scenario.durability,
                 )
                 orders.say("done", thread_id, final["log"])
-            except PeerContextError as error:
+            except Exception as error:  # noqa: BLE001 - each database has its own
                 orders.say("refused", thread_id, type(error).__name__, str(error))
 
 

@@ -70,6 +70,13 @@ class World:
                 )
                 await asyncio.sleep(0.05)
 
+    async def begun(self, thread_id: str, within: float = 30) -> None:
+        """Wait until a launch is admitted."""
+        deadline = time.monotonic() + within
+        while not self.was_begun(thread_id):
+            assert time.monotonic() < deadline, f"{thread_id} does not begin"
+            await asyncio.sleep(0.01)
+
     def was_begun(self, thread_id: str) -> bool:
         """Tell whether a launch was admitted at all."""
         name = next(name for name, thread in self.threads if thread == thread_id)

@@ -1,0 +1,83 @@
+"""Freezing a process at a named place of its own: it stops itself, and is thawed from outside."""
+
+import os
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
+from typing import Any
+
+from langgraph.checkpoint.base import id as checkpoint_ids
+from langgraph.checkpoint.postgres.aio import AsyncPostgresSaver
+from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
+
+from langgraph_peerctx.durability.fenced_checkpointer import FencedCheckpointer
+from langgraph_peerctx.durability.ownership import Ownership
+
+PLACES = ("anywhere", "between check and write", "inside the transaction", "before a renewal")
+AHEAD_SECONDS = 5.0
+
+
+class Freezing:
+    """Stops this process at a place, once; the clock of its checkpoints may be ahead."""
+
+    def __init__(self, place: str, after: int, *, ahead: bool) -> None:
+        self._place = place
+        self._left = after
+        self._ahead = ahead
+
+    def __call__(self) -> None:
+        """Arm this process; runs in it, before anything else."""
+        if self._ahead:
+            behind = SimpleNamespace(time_ns=_ahead)
+            checkpoint_ids.time = behind  # type: ignore[attr-defined]
+        if self._place == "between check and write":
+            # On a shared PostgreSQL the check is a part of the transaction.
+            _before(FencedCheckpointer, "aput", self._pass)
+            _after(Ownership, "judge", self._pass)
+        elif self._place == "inside the transaction":
+            for saver in (AsyncSqliteSaver, AsyncPostgresSaver):
+                _after_async(saver, "aput", self._pass)
+        elif self._place == "before a renewal":
+            _before(Ownership, "renew", self._pass)
+
+    def _pass(self) -> None:
+        self._left -= 1
+        if self._left == 0:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def _ahead() -> int:
+    return time.time_ns() + int(AHEAD_SECONDS * 1e9)
+
+
+def _before(kind: type[Any], name: str, pass_by: Callable[[], None]) -> None:
+    method = getattr(kind, name)
+
+    async def late(self: Any, *arguments: Any, **options: Any) -> Any:
+        pass_by()
+        return await method(self, *arguments, **options)
+
+    setattr(kind, name, late)
+
+
+def _after(kind: type[Any], name: str, pass_by: Callable[[], None]) -> None:
+    method = getattr(kind, name)
+
+    def slow(self: Any, *arguments: Any, **options: Any) -> Any:
+        found = method(self, *arguments, **options)
+        pass_by()
+        return found
+
+    setattr(kind, name, slow)
+
+
+def _after_async(kind: type[Any], name: str, pass_by: Callable[[], None]) -> None:
+    method: Callable[..., Awaitable[Any]] = getattr(kind, name)
+
+    async def slow(self: Any, *arguments: Any, **options: Any) -> Any:
+        found = await method(self, *arguments, **options)
+        pass_by()
+        return found
+
+    setattr(kind, name, slow)
