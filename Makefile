@@ -1,5 +1,5 @@
 # Two commands do everything on a machine with Python 3.11, make, and (for test) Java 17 and Maven:
-#   make demo     the main job: three agents, one kill -9, one recovery; no Java
+#   make demo     the main job: agents are killed and frozen, nobody calls a recovery; no Java
 #   make test     everything, a real Kafka and a real PostgreSQL included
 
 PYTHON ?= python3
@@ -12,7 +12,7 @@ SOURCES := langgraph_peerctx graphs tests
 .PHONY: help demo studio notebooks test lint types format bench clean
 
 help:
-	@echo "make demo    three agents, one kill -9, one recovery (about 20 s, no Java)"
+	@echo "make demo    agents are killed and frozen, nobody calls a recovery (about 20 s, no Java)"
 	@echo "make studio  the graphs in LangGraph Studio's server, offline, on port 2024"
 	@echo "make notebooks  the notebooks, run, as web pages in build/notebooks (the last needs Java)"
 	@echo "make test    lint, types, layers, and all tests on a real Kafka and PostgreSQL"

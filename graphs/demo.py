@@ -1,35 +1,40 @@
-"""Watch an agent die and its work go on: `make demo`, or `python -m graphs.demo`.
+"""Watch agents be lost and their work go on: `make demo`, or `python -m graphs.demo`.
 
-Three agents in three processes launch a product together. The product agent is killed by
-`kill -9` in the middle of a step, after its peer has acted and before anything of it was stored.
-A recovery process asks the peers what they remember, and finishes the launch. Beside it, the same
-launch runs without a crash. The exit code is 0 if both end equal and nothing was ordered twice.
+Three agents in three processes launch a product together. In the first act the product agent is
+killed by `kill -9` in the middle of a step, after its peer has acted and before anything of it was
+stored. In the second it is frozen there, replaced, and thawed. Nobody calls a recovery: a
+supervisor notices, takes the launch over, asks the peers what they remember, and finishes it.
+Beside that, the same launch runs undisturbed. The exit code is 0 if all end equal, nothing was
+ordered twice, and the frozen one was refused when it came back.
 """
 
 import asyncio
 import contextlib
 import json
 import signal
+import sqlite3
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
-from rich.table import Table
+from rich.table import Column, Table
 
 from graphs.team.scenario import (
     INVENTORY,
     MARKETING,
     PEERS,
     PRODUCT,
-    RECOVERY,
+    SENTINEL,
+    SUPERVISOR,
     TEAM,
     Scenario,
     mail_topic,
@@ -39,9 +44,30 @@ from langgraph_peerctx.messaging.kafka_transport import KafkaTransport
 from langgraph_peerctx.messaging.topics import topics_for
 from langgraph_peerctx.messaging.transport import TopicSpec
 
-DEADLINE_SECONDS = 45.0
-STEP_OF_DEATH = "advertise"
-COLOURS = {PRODUCT: "cyan", MARKETING: "magenta", INVENTORY: "green", RECOVERY: "yellow"}
+DEADLINE_SECONDS = 60.0
+"""It takes about 15 s on two cores."""
+STEP_OF_LOSS = "advertise"
+COLOURS = {
+    PRODUCT: "cyan",
+    MARKETING: "magenta",
+    INVENTORY: "green",
+    SUPERVISOR: "yellow",
+    SENTINEL: "blue",
+}
+KNOWN_BECAUSE = {"died": "the sentinel saw it end", "silent": "silent, its lease ran out"}
+CLAIMED, RESUMED = "load_checkpoint", "resume_workflow"
+"""The steps of a recovery before which the launch is claimed, and with which it goes on."""
+MOMENTS = {
+    "known": "known",
+    CLAIMED: "claimed",
+    "answer": "answers",
+    RESUMED: "resumed",
+    "final": "finished",
+}
+PROMISE = (
+    "Nobody called, and both lost launches ended like the undisturbed one: nothing was "
+    "ordered twice, and the frozen agent was refused when it came back."
+)
 
 Event = dict[str, Any]
 
@@ -51,29 +77,108 @@ class Story:
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        self.chapter = "setting up"
         self._began = time.monotonic()
+        self._blow_at = self._began
+
+    def begin(self, chapter: str) -> None:
+        """Begin the next chapter."""
+        self.chapter = chapter
+        self.console.rule(chapter)
+
+    def strike(self, who: str, what: str, *, at: float) -> None:
+        """Tell that somebody was struck; what follows is counted from then."""
+        self._blow_at = at
+        self.tell(who, f"[bold red]{what}[/]")
 
     def tell(self, who: str, what: str) -> None:
         """Tell one thing that somebody does, with the seconds since the beginning."""
         seconds = time.monotonic() - self._began
-        colour = COLOURS.get(who, "white")
-        self.console.print(f"[dim]{seconds:5.1f} s[/]  [{colour}]{who:<16}[/] {what}")
+        line = Table.grid(
+            Column(width=8), Column(width=16), Column(overflow="fold"), padding=(0, 1)
+        )
+        line.add_row(f"[dim]{seconds:5.1f} s[/]", f"[{COLOURS[who]}]{who}[/]", what)
+        self.console.print(line)
 
     def hear(self, who: str, event: Event) -> None:
         """Tell what a process says of itself."""
         tellers: dict[str, Callable[[Event], str]] = {
-            "ready": lambda e: f"alive, process {e['pid']}",
+            "ready": self._ready,
             "asking": lambda e: f"asks {e['peer']}: {e['kind']}",
             "work": lambda e: f"does what it was asked for: [bold]{e['kind']}[/]",
             "answered": lambda e: f"has {e['peer']}'s answer",
             "dawdling": lambda e: f"is in the middle of [bold]{e['step']}[/], nothing stored of it",
             "step": lambda e: f"step done: {e['step']}",
-            "remembered": lambda e: f"does not ask again: {e['by']} remembers the {e['kind']}",
-            "answer": lambda e: f"{e['peer']} remembers {len(e['told'])} interactions",
-            "recovery": lambda e: f"[dim]{e['step']}: {e['status']}[/]",
-            "final": lambda _: "[bold]finished[/]",
+            "remembered": lambda e: f"does not ask again: {e['by']} remembers it",
+            "known": self._known,
+            "recovery": self._claimed,
+            "answer": self._answer,
+            "final": self._final,
+            "refused": lambda e: f"[bold red]refused[/]: {e['error']}, {escape(e['why'])}",
+            "logged": lambda e: f"[dim]logs: {escape(e['text'])}[/]",
         }
-        self.tell(who, tellers[event["event"]](event))
+        if told := tellers[event["event"]](event):
+            self.tell(who, told)
+
+    def _ready(self, event: Event) -> str:
+        watched = f", watched by the {SENTINEL}" if event.get("watched_by") else ""
+        return f"alive, process {event['pid']}{watched}"
+
+    def _known(self, event: Event) -> str:
+        why = KNOWN_BECAUSE.get(event["why"], event["why"])
+        return f"[bold]knows it {self._after(event)}[/]: {why}"
+
+    def _claimed(self, event: Event) -> str:
+        return f"has claimed the launch {self._after(event)}" if event["step"] == CLAIMED else ""
+
+    def _answer(self, event: Event) -> str:
+        return f"{event['peer']} remembers {len(event['told'])} interactions"
+
+    def _final(self, event: Event) -> str:
+        if "status" not in event:
+            return "[bold]finished[/]"
+        return f"[bold]{event['status']} and finished {self._after(event)}[/]"
+
+    def _after(self, event: Event) -> str:
+        return f"after {(moment_of(event) - self._blow_at) * 1000:,.0f} ms"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Takeover:
+    """One launch whose process was lost, and who finished it.
+
+    Attributes:
+        blow_at: When the process was struck, by the clock that all share.
+        said: What the supervisor said since.
+        orders: Peer -> how often it was asked to act in this launch.
+        refused: What the lost process said when it came back, if it could.
+    """
+
+    blow_at: float
+    said: list[Event]
+    orders: dict[str, int]
+    refused: Event | None = None
+
+    @property
+    def known(self) -> Event:
+        """How the loss was noticed."""
+        return next(event for event in self.said if event["event"] == "known")
+
+    @property
+    def final(self) -> Event:
+        """How the recovery ended."""
+        return next(event for event in self.said if event["event"] == "final")
+
+    @property
+    def told(self) -> dict[str, list[dict[str, Any]]]:
+        """Peer -> the interactions that it remembered, as JSON."""
+        return {event["peer"]: event["told"] for event in self.said if event["event"] == "answer"}
+
+    @property
+    def moments(self) -> dict[str, float]:
+        """What happened when, in seconds after the blow; the last answer, if there are several."""
+        names = [(MOMENTS.get(e.get("step") or e["event"]), e) for e in self.said]
+        return {name: moment_of(event) - self.blow_at for name, event in names if name}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,26 +187,35 @@ class Outcome:
 
     Attributes:
         uninterrupted: The final state of the launch that nobody disturbed.
-        recovered: What the recovery process said at its end.
-        told: Peer -> the interactions that it remembered, as JSON.
-        orders: Peer -> how often it was asked to act in the launch that was killed.
+        killed: The launch whose process was killed.
+        frozen: The launch whose process was frozen and came back.
     """
 
     uninterrupted: dict[str, Any]
-    recovered: Event
-    told: dict[str, list[dict[str, Any]]]
-    orders: dict[str, int]
+    killed: Takeover
+    frozen: Takeover
 
     @property
-    def equal(self) -> bool:
-        """Whether both launches ended alike, but for what the recovery brought home."""
-        return without_context(self.uninterrupted) == without_context(self.recovered["state"])
+    def shortfalls(self) -> list[str]:
+        """What is promised and has not come true."""
+        found: list[str] = []
+        for name, takeover in (("killed", self.killed), ("frozen", self.frozen)):
+            if takeover.final["status"] != "resumed":
+                found.append(f"the {name} launch is {takeover.final['status']}")
+            if not self.is_equal(takeover):
+                found.append(f"the {name} launch ended in another state")
+            if any(count != 1 for count in takeover.orders.values()):
+                found.append(f"the {name} launch ordered {takeover.orders}")
+        refused = self.frozen.refused or {}
+        if refused.get("error") != "StaleOwnerError":
+            found.append("the frozen agent was not refused")
+        if refused.get("state") != self.frozen.final["state"]:
+            found.append("the frozen agent found another state than its successor's")
+        return found
 
-    @property
-    def good(self) -> bool:
-        """Whether all that is promised has come true."""
-        once = all(count == 1 for count in self.orders.values())
-        return self.equal and once and self.recovered["status"] == "resumed"
+    def is_equal(self, takeover: Takeover) -> bool:
+        """Tell whether a launch ended as if undisturbed, but for what its recovery brought home."""
+        return without_context(self.uninterrupted) == without_context(takeover.final["state"])
 
 
 class Member:
@@ -115,32 +229,37 @@ class Member:
         self._more = asyncio.Event()
         self._hearing = asyncio.create_task(self._hear(), name=f"hear-{role}")
 
-    async def until(self, event: str) -> Event:
+    async def until(self, event: str, **details: Any) -> Event:
         """Wait until the process says this.
 
         Raises:
             RuntimeError: If it ends without.
         """
+        wanted = {"event": event, **details}
         while True:
             for said in self.said:
-                if said["event"] == event:
+                if wanted.items() <= {name: said.get(name) for name in wanted}.items():
                     return said
             if self._hearing.done():
                 raise RuntimeError(f"{self.role} ended before it said {event!r}")
             self._more.clear()
             await self._more.wait()
 
-    async def end(self, *, by: signal.Signals = signal.SIGTERM) -> None:
-        """End the process, and wait until it is gone."""
-        with contextlib.suppress(ProcessLookupError):
-            self.process.send_signal(by)
+    async def end(self) -> None:
+        """End the process, frozen or not, and wait until it is gone."""
+        for number in (signal.SIGTERM, signal.SIGCONT):
+            self._signal(number)
         try:
             async with asyncio.timeout(5):
                 await self.process.wait()
         except TimeoutError:
-            self.process.kill()
+            self._signal(signal.SIGKILL)
             await self.process.wait()
         await self._hearing
+
+    def _signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(number)
 
     async def _hear(self) -> None:
         assert self.process.stdout is not None  # noqa: S101 - we asked for a pipe
@@ -156,11 +275,17 @@ class Member:
 async def member(
     role: str, scenario: Scenario, story: Story, *arguments: str
 ) -> AsyncIterator[Member]:
-    """Run one process of the team; it is gone at the end of the block, whatever happens."""
+    """Run one process of the team; it is gone at the end of the block, whatever happens.
+
+    Ctrl-C is ours alone: its session is its own. Should we be killed, it sees its input end.
+    """
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "graphs.team.process", role, scenario.as_json(), *arguments),
+        stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         cwd=Path(__file__).parents[1],
+        start_new_session=True,
+        limit=2**20,
     )
     running = Member(role, process, story)
     try:
@@ -170,33 +295,90 @@ async def member(
 
 
 async def play(scenario: Scenario, story: Story) -> Outcome:
-    """Run both launches, kill one of them, recover it."""
-    calm, doomed = f"calm-{uuid4().hex[:8]}", f"doomed-{uuid4().hex[:8]}"
+    """Run the launch three times: undisturbed, killed, and frozen."""
     async with contextlib.AsyncExitStack() as stack:
         await make_topics(scenario)
-        peers = [await stack.enter_async_context(member(role, scenario, story)) for role in PEERS]
-        await asyncio.gather(*(peer.until("ready") for peer in peers))
+        watchman = [SENTINEL] if scenario.sentinel_directory else []
+        for roles in ([*watchman, *PEERS], [SUPERVISOR]):  # who is watched asks for the watchman
+            started = [await stack.enter_async_context(member(r, scenario, story)) for r in roles]
+            await asyncio.gather(*(each.until("ready") for each in started))
+        supervisor = started[-1]
+        return Outcome(
+            uninterrupted=await undisturbed(scenario, story),
+            killed=await killed(scenario, story, supervisor),
+            frozen=await frozen(scenario, story, supervisor),
+        )
 
-        story.console.rule("a launch that nobody disturbs")
-        async with member(PRODUCT, scenario, story, calm) as undisturbed:
-            uninterrupted = await undisturbed.until("final")
 
-        story.console.rule("the same launch, and a kill")
-        async with member(PRODUCT, scenario, story, doomed, STEP_OF_DEATH) as victim:
-            await victim.until("dawdling")
-            victim.process.kill()
-            await victim.process.wait()
-            story.tell(PRODUCT, f"[bold red]killed[/] (kill -9 {victim.process.pid})")
+async def undisturbed(scenario: Scenario, story: Story) -> dict[str, Any]:
+    """Run a launch that nobody disturbs; return its final state."""
+    story.begin("a launch that nobody disturbs")
+    async with member(PRODUCT, scenario, story, thread("calm")) as agent:
+        final = await agent.until("final")
+        await agent.process.wait()  # it leaves by itself
+    state: dict[str, Any] = final["state"]
+    return state
 
-        story.console.rule("the recovery")
-        async with member(RECOVERY, scenario, story, doomed) as recoverer:
-            recovered = await recoverer.until("final")
-    return Outcome(
-        uninterrupted=uninterrupted["state"],
-        recovered=recovered,
-        told={e["peer"]: e["told"] for e in recoverer.said if e["event"] == "answer"},
-        orders={peer: orders_of(scenario, peer, doomed) for peer in PEERS},
+
+async def killed(scenario: Scenario, story: Story, supervisor: Member) -> Takeover:
+    """Kill a launch's process; the supervisor finishes the launch."""
+    story.begin("act one: the same launch, and a kill")
+    thread_id = thread("killed")
+    async with member(PRODUCT, scenario, story, thread_id, STEP_OF_LOSS) as agent:
+        await agent.until("dawdling")
+        blow_at = time.monotonic()
+        agent.process.kill()
+        story.strike(PRODUCT, f"killed (kill -9 {agent.process.pid})", at=blow_at)
+        await supervisor.until("final", thread_id=thread_id)
+    return Takeover(
+        blow_at=blow_at,
+        said=since(blow_at, supervisor.said),
+        orders=orders_in(scenario, thread_id),
     )
+
+
+async def frozen(scenario: Scenario, story: Story, supervisor: Member) -> Takeover:
+    """Freeze a launch's process; the supervisor finishes the launch, and then it comes back."""
+    story.begin("act two: the same launch, and a freeze")
+    thread_id = thread("frozen")
+    async with member(PRODUCT, scenario, story, thread_id, STEP_OF_LOSS) as agent:
+        await agent.until("dawdling")
+        blow_at = await freeze(agent.process, scenario)
+        story.strike(PRODUCT, f"frozen (kill -STOP {agent.process.pid})", at=blow_at)
+        await supervisor.until("final", thread_id=thread_id)
+        said = since(blow_at, supervisor.said)
+        agent.process.send_signal(signal.SIGCONT)
+        story.tell(PRODUCT, f"[bold]thawed[/] (kill -CONT {agent.process.pid}), and goes on")
+        refused = await agent.until("refused")
+        await agent.process.wait()
+    return Takeover(
+        blow_at=blow_at, said=said, orders=orders_in(scenario, thread_id), refused=refused
+    )
+
+
+async def freeze(process: asyncio.subprocess.Process, scenario: Scenario) -> float:
+    """Freeze a process, outside of any transaction; return when."""
+    while True:
+        blow_at = time.monotonic()
+        process.send_signal(signal.SIGSTOP)
+        if not await asyncio.to_thread(is_locked, scenario.control):
+            return blow_at
+        # Frozen inside a commit to SQLite, it would keep the file from everybody.
+        process.send_signal(signal.SIGCONT)
+        await asyncio.sleep(0.05)
+
+
+def is_locked(url: str) -> bool:
+    """Tell whether somebody keeps others from writing to an SQLite file."""
+    if not url.startswith("sqlite:///"):
+        return False
+    file = url.removeprefix("sqlite:///")
+    with contextlib.closing(sqlite3.connect(file, timeout=0.2)) as connection:
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError:
+            return True
+    return False
 
 
 async def make_topics(scenario: Scenario) -> None:
@@ -206,9 +388,30 @@ async def make_topics(scenario: Scenario) -> None:
     await transport.start()
     try:
         mail = [TopicSpec(name=mail_topic(agent_id)) for agent_id in TEAM]
-        await transport.ensure_topics([*topics_for(config, [RECOVERY]), *mail])
+        await transport.ensure_topics([*topics_for(config, [SUPERVISOR]), *mail])
     finally:
         await transport.close()
+
+
+def thread(name: str) -> str:
+    """Return a fresh thread's id."""
+    return f"{name}-{uuid4().hex[:8]}"
+
+
+def since(moment: float, said: Iterable[Event]) -> list[Event]:
+    """Return what was said since a moment."""
+    return [event for event in said if event["at"] >= moment]
+
+
+def moment_of(event: Event) -> float:
+    """Return when something happened; of what takes its time, when it began."""
+    at: float = event["at"]
+    return at - float(event.get("seconds", 0.0))
+
+
+def orders_in(scenario: Scenario, thread_id: str) -> dict[str, int]:
+    """Return how often each peer was asked to act in a thread."""
+    return {peer: orders_of(scenario, peer, thread_id) for peer in PEERS}
 
 
 def orders_of(scenario: Scenario, peer: str, thread_id: str) -> int:
@@ -225,24 +428,45 @@ def without_context(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def show(outcome: Outcome, console: Console) -> None:
-    """Show who knew what, and the two ends side by side."""
-    known = Table("peer", "what it remembered", "kind", title="what the peers contributed")
-    for peer, told in sorted(outcome.told.items()):
-        for interaction in reversed(told):
-            known.add_row(peer, json.dumps(interaction["payload"]), interaction["kind"])
-    ends = Table("", "never interrupted", "killed and recovered", title="how both launches ended")
-    recovered = outcome.recovered["state"]
-    for name, value in without_context(outcome.uninterrupted).items():
-        ends.add_row(name, str(value), str(recovered.get(name)))
-    for peer, count in outcome.orders.items():
-        ends.add_row(f"orders to {peer}", "1", str(count))
+    """Show who knew what, how fast it went, and the ends side by side."""
     console.print()
-    console.print(known)
-    console.print(ends)
-    verdict = "[bold green]equal, and nothing happened twice[/]"
-    if not outcome.good:
-        verdict = f"[bold red]not equal[/]: {outcome.recovered}"
-    console.print(Panel(verdict, expand=False))
+    for table in (known_by_peers(outcome.killed), times(outcome), ends(outcome)):
+        console.print(table)
+    if outcome.shortfalls:
+        console.print(Panel(f"[bold red]{escape('; '.join(outcome.shortfalls))}[/]", expand=False))
+    else:
+        console.print(Panel(f"[bold green]{PROMISE}[/]", expand=False))
+
+
+def known_by_peers(takeover: Takeover) -> Table:
+    """Return what the peers contributed."""
+    table = Table("peer", "what it remembered", "kind", title="what the peers contributed")
+    for peer, told in sorted(takeover.told.items()):
+        for interaction in reversed(told):
+            table.add_row(peer, json.dumps(interaction["payload"]), interaction["kind"])
+    return table
+
+
+def times(outcome: Outcome) -> Table:
+    """Return what happened when, after each blow."""
+    table = Table("milliseconds", *MOMENTS.values(), "known by", title="nobody called")
+    for blow, takeover in (("killed", outcome.killed), ("frozen", outcome.frozen)):
+        found = takeover.moments
+        moments = (f"{found[n] * 1000:,.0f}" if n in found else "" for n in MOMENTS.values())
+        table.add_row(blow, *moments, takeover.known["by"])
+    return table
+
+
+def ends(outcome: Outcome) -> Table:
+    """Return how all launches ended, side by side."""
+    table = Table(Column(no_wrap=True), "undisturbed", "killed", "frozen")
+    table.title = "how the launches ended"
+    lost = (outcome.killed, outcome.frozen)
+    for name, value in without_context(outcome.uninterrupted).items():
+        table.add_row(name, str(value), *(str(t.final["state"].get(name)) for t in lost))
+    for peer in PEERS:
+        table.add_row(f"orders to {peer}", "1", *(str(t.orders[peer]) for t in lost))
+    return table
 
 
 def main() -> int:
@@ -250,23 +474,46 @@ def main() -> int:
     console = Console()
     story = Story(console)
     console.print(
-        Panel("Three agents, one kill -9, one recovery.", title="langgraph-peerctx", expand=False)
+        Panel(
+            "Three agents; one is killed, one is frozen, and nobody calls a recovery.",
+            title="langgraph-peerctx",
+            expand=False,
+        )
     )
     with tempfile.TemporaryDirectory() as folder, EmbeddedBroker() as broker:
-        scenario = Scenario(
-            bootstrap_servers=broker.bootstrap_servers,
-            stores={who: f"sqlite:///{folder}/{who}.db" for who in (*TEAM, RECOVERY)},
-            checkpoints=f"{folder}/checkpoints.db",
+        scenario = Scenario.in_folder(
+            broker.bootstrap_servers, folder, sentinel_directory=f"{folder}/s"
         )
-        outcome = asyncio.run(bounded(scenario, story))
+        try:
+            outcome = asyncio.run(bounded(scenario, story))
+        except (TimeoutError, RuntimeError) as error:
+            console.print(Panel(f"[bold red]{escape(str(error))}[/]", expand=False))
+            return 1
+        except (KeyboardInterrupt, asyncio.CancelledError):
+            console.print("interrupted: every process is ended")
+            return 130
     show(outcome, console)
-    return 0 if outcome.good else 1
+    return 0 if not outcome.shortfalls else 1
 
 
 async def bounded(scenario: Scenario, story: Story) -> Outcome:
-    """Play within the deadline."""
-    async with asyncio.timeout(DEADLINE_SECONDS):
-        return await play(scenario, story)
+    """Play within the deadline, and end every process also when we are told to end.
+
+    Raises:
+        TimeoutError: If it has not ended by then.
+        RuntimeError: If a process ended that should not.
+    """
+    task = asyncio.current_task()
+    assert task is not None  # noqa: S101 - we run in one
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    try:
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            return await play(scenario, story)
+    except TimeoutError:
+        raise TimeoutError(
+            f"not done within {DEADLINE_SECONDS:.0f} s; it came as far as: {story.chapter}"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -58,6 +58,11 @@ class BackgroundRuntime:
         """What asks agents' loops whether they turn."""
         return self._runtime.watch
 
+    @property
+    def sentinel_id(self) -> str | None:
+        """Who would see this process die, if anybody."""
+        return self._runtime.sentinel_id
+
     async def own(self) -> Ownership:
         """Return what this process owns; see `PeerContextRuntime.own`."""
         return await self.acall(PeerContextRuntime.own)

@@ -121,6 +121,11 @@ class PeerContextRuntime:
             raise ConfigurationError("this runtime is not started: use it in an `async with`")
         return self._presence
 
+    @property
+    def sentinel_id(self) -> str | None:
+        """Who would see this process die, if anybody."""
+        return None if self._presence is None else self._presence.standing.sentinel_id
+
     async def own(self) -> Ownership:
         """Return what this process owns; opens the control database when first asked.
 

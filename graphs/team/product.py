@@ -1,4 +1,4 @@
-"""The agent that dies: it launches a product with the help of its two peers."""
+"""The agent that dies, or is frozen: it launches a product with the help of its two peers."""
 
 import asyncio
 from itertools import pairwise
@@ -13,8 +13,9 @@ from graphs.team.mail import Mailbox
 from graphs.team.scenario import INVENTORY, MARKETING, say
 from langgraph_peerctx import PeerContextState
 
-WORK_SECONDS = 60.0
-"""How long the step that is killed would go on working after its peer has answered."""
+WORK_SECONDS = 3.0
+"""How long the step that is disturbed goes on working after its peer has answered: about as long as
+a lease lives here, so that a frozen process has little left to do when it is thawed."""
 
 
 class Launch(PeerContextState, total=False):
@@ -32,7 +33,7 @@ class Steps:
 
     Args:
         mailbox: The way to the peers.
-        dawdle_in: The step that goes on working for a minute after its peer has answered.
+        dawdle_in: The step that goes on working for a while after its peer has answered.
     """
 
     def __init__(self, mailbox: Mailbox, dawdle_in: str | None = None) -> None:

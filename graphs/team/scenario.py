@@ -1,10 +1,12 @@
-"""Where the team's processes find each other: broker, event stores, checkpoints."""
+"""Where the team's processes find each other: broker, event stores, checkpoints, who owns what."""
 
-import os
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from json import dumps, loads
+from os import getpid
+from time import monotonic
 from typing import Any
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
@@ -15,7 +17,11 @@ from langgraph_peerctx import KafkaConfig, PeerContextSettings
 PRODUCT, MARKETING, INVENTORY = "product-agent", "marketing-agent", "inventory-agent"
 PEERS = (INVENTORY, MARKETING)
 TEAM = (PRODUCT, *PEERS)
-RECOVERY = "recovery"
+SUPERVISOR, SENTINEL = "supervisor", "sentinel"
+EVERYBODY = (*TEAM, SUPERVISOR, SENTINEL)
+
+INTERVAL_SECONDS, PAUSE_SECONDS = 0.3, 0.9
+"""A third of the defaults: a demonstration should not keep anybody waiting for a lease."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,21 +31,44 @@ class Scenario:
     Attributes:
         bootstrap_servers: The broker.
         stores: Whose event store is where, as database URLs.
-        checkpoints: The checkpoints that the product agent and its recoverer share.
+        checkpoints: The checkpoints that the product agent and its supervisor share.
+        control: The control database that both share: who owns which launch, and until when.
+        sentinel_directory: Where the sentinel is found; None if nobody is to ask for one. A
+            socket's name is short: so must this be.
     """
 
     bootstrap_servers: str
     stores: dict[str, str]
     checkpoints: str
+    control: str
+    sentinel_directory: str | None = None
+
+    @classmethod
+    def in_folder(
+        cls, bootstrap_servers: str, folder: str, *, sentinel_directory: str | None = None
+    ) -> "Scenario":
+        """Return a scenario whose databases are SQLite files."""
+        return cls(
+            bootstrap_servers=bootstrap_servers,
+            stores={who: f"sqlite:///{folder}/{who}.db" for who in EVERYBODY},
+            checkpoints=f"{folder}/checkpoints.db",
+            control=f"sqlite:///{folder}/control.db",
+            sentinel_directory=sentinel_directory,
+        )
 
     def settings_of(self, process: str) -> PeerContextSettings:
         """Return one process's settings. Without the broker it does not pretend."""
         return PeerContextSettings(
             kafka=KafkaConfig(bootstrap_servers=self.bootstrap_servers),
             mock_mode="never",
-            requester_id=RECOVERY,
+            requester_id=SUPERVISOR,
             process_id=process,
             database_url=self.stores[process],
+            control_database_url=self.control,
+            heartbeat_interval_seconds=INTERVAL_SECONDS,
+            heartbeat_pause_seconds=PAUSE_SECONDS,
+            sentinel="connect" if self.sentinel_directory else "off",
+            sentinel_directory=self.sentinel_directory,
         )
 
     def as_json(self) -> str:
@@ -74,5 +103,10 @@ async def open_checkpointer(url: str) -> AsyncIterator[BaseCheckpointSaver[Any]]
 
 
 def say(event: str, **details: Any) -> None:
-    """Tell whoever started this process what happens: one JSON object a line."""
-    print(dumps({"event": event, "pid": os.getpid(), **details}), flush=True)  # noqa: T201 - its voice
+    """Tell whoever started this process what happens: one JSON object a line, from any thread.
+
+    `at` is the monotonic clock, which all processes of a host share.
+    """
+    said = {"event": event, "pid": getpid(), "at": monotonic(), **details}
+    sys.stdout.write(dumps(said) + "\n")  # in one piece: answers arrive on another thread
+    sys.stdout.flush()

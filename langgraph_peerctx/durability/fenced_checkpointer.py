@@ -17,6 +17,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 from langchain_core.runnables import RunnableConfig
@@ -30,7 +31,12 @@ from langgraph.checkpoint.base import (
 )
 
 from langgraph_peerctx.durability.ownership import process_fence
-from langgraph_peerctx.errors import ConfigurationError, StaleOwnerError
+from langgraph_peerctx.errors import (
+    ConfigurationError,
+    PeerContextError,
+    StaleOwnerError,
+    StoreError,
+)
 
 if TYPE_CHECKING:
     from langgraph_peerctx.durability.postgres_fence import SharedTransactions
@@ -81,6 +87,7 @@ class FencedCheckpointer(BaseCheckpointSaver[Any]):
 
     Raises, when it writes:
         StaleOwnerError: If the thread is another owner's by now.
+        StoreError: If the database of the leases, or the saver's, failed.
     """
 
     def __new__(cls, saver: BaseCheckpointSaver[Any], fence: Fence | None = None) -> Self:
@@ -142,25 +149,27 @@ class FencedCheckpointer(BaseCheckpointSaver[Any]):
 
     def get_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
         """Return a checkpoint, or the head; see `BaseCheckpointSaver.get_tuple`."""
-        newest = self._saver.get_tuple(config)
-        if newest is None or _names_one(config):
+        with _translated(self._saver):
+            newest = self._saver.get_tuple(config)
+            if newest is None or _names_one(config):
+                return _bare(newest)
+            for epoch in _higher_epochs(newest, self._fence.epoch_of(_thread(config))):
+                written = self._saver.list(_namespace(config), filter={EPOCH: epoch}, limit=1)
+                for found in [*written]:  # to the end: savers hold their lock until then
+                    return _bare(self._saver.get_tuple(found.config))
             return _bare(newest)
-        for epoch in _higher_epochs(newest, self._fence.epoch_of(_thread(config))):
-            written = self._saver.list(_namespace(config), filter={EPOCH: epoch}, limit=1)
-            for found in [*written]:  # to the end: savers hold their lock until then
-                return _bare(self._saver.get_tuple(found.config))
-        return _bare(newest)
 
     async def aget_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
         """See `get_tuple`."""
-        newest = await self._saver.aget_tuple(config)
-        if newest is None or _names_one(config):
+        with _translated(self._saver):
+            newest = await self._saver.aget_tuple(config)
+            if newest is None or _names_one(config):
+                return _bare(newest)
+            for epoch in _higher_epochs(newest, await self._fence.aepoch_of(_thread(config))):
+                written = self._saver.alist(_namespace(config), filter={EPOCH: epoch}, limit=1)
+                for found in [head async for head in written]:
+                    return _bare(await self._saver.aget_tuple(found.config))
             return _bare(newest)
-        for epoch in _higher_epochs(newest, await self._fence.aepoch_of(_thread(config))):
-            written = self._saver.alist(_namespace(config), filter={EPOCH: epoch}, limit=1)
-            for found in [head async for head in written]:
-                return _bare(await self._saver.aget_tuple(found.config))
-        return _bare(newest)
 
     def list(
         self,
@@ -203,7 +212,8 @@ class FencedCheckpointer(BaseCheckpointSaver[Any]):
                 self.aput(config, checkpoint, metadata, new_versions)
             )
         epoch = self._fence.may_write(_thread(config))
-        return self._saver.put(config, checkpoint, _stamped(metadata, epoch), new_versions)
+        with _translated(self._saver):
+            return self._saver.put(config, checkpoint, _stamped(metadata, epoch), new_versions)
 
     async def aput(
         self,
@@ -230,7 +240,8 @@ class FencedCheckpointer(BaseCheckpointSaver[Any]):
         if self._transactions is not None:
             return self._transactions.wait_for(self.aput_writes(config, writes, task_id, task_path))
         epoch = self._fence.may_write(_thread(config))
-        return self._saver.put_writes(config, writes, _marked(task_id, epoch), task_path)
+        with _translated(self._saver):
+            return self._saver.put_writes(config, writes, _marked(task_id, epoch), task_path)
 
     async def aput_writes(
         self,
@@ -252,12 +263,26 @@ class FencedCheckpointer(BaseCheckpointSaver[Any]):
         write: Callable[[BaseCheckpointSaver[Any], int | None], Awaitable[T]],
     ) -> T:
         """Write in one transaction with the lease where that can be had, or else after a look."""
-        if self._transactions is not None:
-            saver: Any = self._saver
-            ownership = await self._transactions.ownership(saver)
-            if ownership is not None:
-                return await self._transactions.write(saver, ownership, thread_id, write)
-        return await write(self._saver, await self._fence.amay_write(thread_id))
+        with _translated(self._saver):
+            if self._transactions is not None:
+                saver: Any = self._saver
+                ownership = await self._transactions.ownership(saver)
+                if ownership is not None:
+                    return await self._transactions.write(saver, ownership, thread_id, write)
+            return await write(self._saver, await self._fence.amay_write(thread_id))
+
+
+@contextmanager
+def _translated(saver: BaseCheckpointSaver[Any]) -> Iterator[None]:
+    """Say of a database's failure that it is one: the run did not fail by itself."""
+    try:
+        yield
+    except (PeerContextError, NotImplementedError, TypeError, ValueError, LookupError):
+        raise
+    except Exception as error:  # an adapter translates: each saver has its driver's own errors
+        raise StoreError(
+            f"the checkpointer ({type(saver).__name__}) failed: {error!r:.200}"
+        ) from error
 
 
 def _transactions_of(saver: Any, fence: Any) -> "SharedTransactions | None":

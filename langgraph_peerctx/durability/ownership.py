@@ -76,6 +76,7 @@ class Ownership:
         )
         self._clock = clock
         self._held: dict[str, Held] = {}
+        self._lost: dict[str, int] = {}
         self._owed: dict[str, Callable[[], object]] = {}
         self._lock = threading.Lock()
         self.is_leaving: bool = False
@@ -217,11 +218,13 @@ class Ownership:
         held = Held(lease=lease, good_until=since + self.owner.ttl_seconds * SAFE_SHARE)
         with self._lock:
             self._held[lease.thread_id] = held
+            self._lost.pop(lease.thread_id, None)
         return held
 
     def drop(self, held: Held) -> None:
         """Hold a lease no longer; in the database it stays."""
         with self._lock:
+            self._lost.pop(held.thread_id, None)
             if self._same(held):
                 del self._held[held.thread_id]
 
@@ -280,10 +283,9 @@ class Ownership:
                     and lease.owner_incarnation == self.owner.incarnation
                 ):
                     return held.epoch
-        raise StaleOwnerError(
-            f"thread {thread_id!r:.80} is not ours"
-            + (f" any more: we held epoch {held.epoch}" if held else ": claim it first")
-        )
+        epoch = self._lost.get(thread_id) if held is None else held.epoch
+        why = ": claim it first" if epoch is None else f" any more: we held epoch {epoch}"
+        raise StaleOwnerError(f"thread {thread_id!r:.80} is not ours{why}")
 
     def _renewed(
         self, before: Iterable[Held], renewed: Iterable[Lease], asked_at: float
@@ -302,6 +304,7 @@ class Ownership:
                 else:
                     lost.append(held.thread_id)
                     del self._held[held.thread_id]
+                    self._lost[held.thread_id] = held.epoch
         return tuple(sorted(lost))
 
     def _same(self, held: Held) -> bool:

@@ -13,6 +13,8 @@ from uuid import uuid4
 from langgraph.checkpoint.postgres.aio import AsyncPostgresSaver
 from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 from langgraph.graph import END, START, StateGraph
+from psycopg.rows import dict_row
+from psycopg_pool import AsyncConnectionPool
 
 from langgraph_peerctx.config import KafkaConfig, PeerContextSettings
 from langgraph_peerctx.nodes.state import PeerContextState
@@ -88,8 +90,16 @@ class Scenario:
                 await saver.setup()
                 yield saver
         else:
-            async with AsyncPostgresSaver.from_conn_string(self.database) as saver:
-                yield saver
+            # A single connection would not outlive a restart of the server.
+            async with AsyncConnectionPool[Any](
+                self.database,
+                min_size=1,
+                max_size=4,
+                kwargs={"autocommit": True, "prepare_threshold": 0, "row_factory": dict_row},
+                check=AsyncConnectionPool.check_connection,
+                timeout=5,
+            ) as pool:
+                yield AsyncPostgresSaver(pool)
 
 
 class Launch(PeerContextState, total=False):

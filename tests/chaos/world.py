@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from chaos.processes import Child, agent, supervisor
@@ -35,10 +35,12 @@ class World:
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
 
-    async def start_agent(self, name: str, arm: Any = None) -> Child:
+    async def start_agent(self, name: str, arm: Any = None, **elsewhere: Any) -> Child:
+        """Start an agent, in place of the one before; it may see other addresses."""
         if name in self.agents:
             self.retired.append(self.agents[name])
-        child = self.agents[name] = Child(agent, self.scenario, name, arm)
+        scenario = replace(self.scenario, **elsewhere)
+        child = self.agents[name] = Child(agent, scenario, name, arm)
         await child.until("ready")
         return child
 

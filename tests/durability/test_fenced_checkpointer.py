@@ -231,6 +231,8 @@ async def test_what_was_lost_is_told_at_the_renewal(world: World) -> None:
     await b.claim(dead_incarnation="a")
     assert await a.ownership.renew() == (THREAD,)
     assert [held.thread_id for held in a.ownership.held] == ["another"]
+    with pytest.raises(StaleOwnerError, match="any more: we held epoch 1"):
+        await put(a.saver, "x")
 
 
 class Frozen:

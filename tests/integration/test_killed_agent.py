@@ -1,74 +1,205 @@
-"""The main job with real processes and a real `kill -9`: the demonstration, on every ground."""
+"""The main job with real processes, a real `kill -9` and a real freeze, on every ground."""
 
 import asyncio
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
+import psutil
 import pytest
 from rich.console import Console
 from services.kafka import KafkaServer
 
-from graphs.demo import Outcome, Story, bounded, main
-from graphs.team.scenario import INVENTORY, MARKETING, RECOVERY, TEAM, Scenario
+from graphs.demo import PROMISE, Outcome, Story, Takeover, bounded, main
+from graphs.team.scenario import EVERYBODY, INVENTORY, MARKETING, PRODUCT, Scenario
+from langgraph_peerctx import ControlDatabase
+
+FINAL = {
+    "product": "umbrella",
+    "units": 3,
+    "shelf": "north-7",
+    "slogan": "The umbrella for commuters",
+    "launched": True,
+    "peer_context": {},
+}
+TOLD = {
+    INVENTORY: {"reserve", "reserve-done"},
+    MARKETING: {"campaign", "campaign-done"},
+}
+ONCE = {INVENTORY: 1, MARKETING: 1}
+ORDER = ["known", "claimed", "answers", "resumed", "finished"]
 
 
-def check(outcome: Outcome, *, sources: set[str]) -> None:
-    assert outcome.recovered["status"] == "resumed"
-    assert outcome.recovered["peer_context_used"]
-    assert outcome.recovered["reasons"] == []
-    assert outcome.equal
-    assert outcome.uninterrupted == {
-        "product": "umbrella",
-        "units": 3,
-        "shelf": "north-7",
-        "slogan": "The umbrella for commuters",
-        "launched": True,
-        "peer_context": {},
-    }
-    assert outcome.orders == {INVENTORY: 1, MARKETING: 1}
-    facts = outcome.recovered["state"]["peer_context"].values()
-    kinds = {"reserve", "reserve-done", "campaign", "campaign-done"}
-    assert {fact["kind"] for fact in facts} == kinds
-    assert all(fact["source"] in sources and fact["occurred_at"] for fact in facts)
-    told = {peer: {i["kind"] for i in said} for peer, said in outcome.told.items()}
-    assert told == {
-        INVENTORY: {"reserve", "reserve-done"},
-        MARKETING: {"campaign", "campaign-done"},
-    }
-    assert outcome.good
+@pytest.fixture
+def short_folder() -> Iterator[str]:
+    """A directory whose name leaves room for a socket's."""
+    with TemporaryDirectory(prefix="s") as folder:
+        yield folder
+
+
+def check(outcome: Outcome, scenario: Scenario, *, sources: set[str]) -> None:
+    assert outcome.uninterrupted == FINAL
+    for takeover in (outcome.killed, outcome.frozen):
+        check_takeover(takeover, sources=sources)
+        assert outcome.is_equal(takeover)
+        check_control(scenario, takeover.final["thread_id"])
+    assert outcome.killed.refused is None
+    refused = outcome.frozen.refused
+    assert refused is not None
+    assert refused["error"] == "StaleOwnerError"
+    assert refused["state"] == outcome.frozen.final["state"]
+    assert outcome.shortfalls == []
+
+
+def check_takeover(takeover: Takeover, *, sources: set[str]) -> None:
+    final = takeover.final
+    assert final["status"] == "resumed"
+    assert final["peer_context_used"]
+    assert final["reasons"] == []
+    assert takeover.orders == ONCE
+    facts = final["state"]["peer_context"].values()
+    assert {fact["kind"] for fact in facts} == set().union(*TOLD.values())
+    assert {fact["source"] for fact in facts} == sources
+    assert all(fact["occurred_at"] for fact in facts)
+    told = {peer: {i["kind"] for i in said} for peer, said in takeover.told.items()}
+    assert told == TOLD
+    moments = takeover.moments
+    assert sorted(moments, key=moments.__getitem__) == ORDER
+    assert moments["known"] > 0
+
+
+def check_control(scenario: Scenario, thread_id: str) -> None:
+    """See that the successor's end counts, whoever came back since."""
+    with ControlDatabase(scenario.control, timeout_seconds=5) as control:
+        run, incident = (
+            control.newest_run(PRODUCT, thread_id),
+            control.incident_of(PRODUCT, thread_id),
+        )
+    assert run is not None
+    assert run.end_kind == "returned"
+    assert incident is not None
+    assert (incident.status, incident.attempts) == ("recovered", 1)
+
+
+def how_known(takeover: Takeover) -> tuple[str, str]:
+    return takeover.known["why"], takeover.known["by"]
+
+
+def played(scenario: Scenario) -> Outcome:
+    return asyncio.run(bounded(scenario, Story(Console(quiet=True))))
 
 
 def test_make_demo_ends_well_on_the_embedded_broker_and_sqlite(
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     assert main() == 0
-    shown = capsys.readouterr().out
-    assert "kill -9" in shown
-    assert "equal, and nothing happened twice" in shown
+    shown, complaints = capfd.readouterr()
+    shown = re.sub(r"[\s│]+", " ", shown)
+    for words in ("kill -9", "the sentinel saw it end", "does not ask again"):
+        assert words in shown.partition("act two")[0]
+    for words in ("kill -STOP", "its lease ran out", "kill -CONT", "refused: StaleOwnerError"):
+        assert words in shown.partition("act two")[2]
+    assert PROMISE in shown
+    assert complaints == ""
 
 
 @pytest.mark.kafka
-def test_a_killed_agent_is_recovered_over_kafka_with_sqlite(
-    kafka: KafkaServer, tmp_path: Path
+def test_lost_agents_are_replaced_over_kafka_with_sqlite(
+    kafka: KafkaServer, tmp_path: Path, short_folder: str
 ) -> None:
-    scenario = Scenario(
-        bootstrap_servers=kafka.bootstrap_servers,
-        stores={who: f"sqlite:///{tmp_path}/{who}.db" for who in (*TEAM, RECOVERY)},
-        checkpoints=f"{tmp_path}/checkpoints.db",
+    scenario = Scenario.in_folder(
+        kafka.bootstrap_servers, str(tmp_path), sentinel_directory=f"{short_folder}/s"
     )
-    outcome = asyncio.run(bounded(scenario, Story(Console(quiet=True))))
-    check(outcome, sources={"peer"})
+    outcome = played(scenario)
+    check(outcome, scenario, sources={"peer"})
+    assert how_known(outcome.killed) == ("died", "sentinel")
+    assert how_known(outcome.frozen) == ("silent", "heartbeats")
 
 
 @pytest.mark.kafka
 @pytest.mark.postgres
-def test_a_killed_agent_is_recovered_over_kafka_with_postgresql(
+def test_lost_agents_are_replaced_over_kafka_with_postgresql_and_no_sentinel(
     kafka: KafkaServer, postgres_url: str
 ) -> None:
     scenario = Scenario(
         bootstrap_servers=kafka.bootstrap_servers,
-        stores=dict.fromkeys((*TEAM, RECOVERY), postgres_url),
+        stores=dict.fromkeys(EVERYBODY, postgres_url),
         checkpoints=postgres_url,
+        control=postgres_url,
     )
-    outcome = asyncio.run(bounded(scenario, Story(Console(quiet=True))))
-    # The dead agent's own events outlived it there, and outrank what peers say of the same.
-    check(outcome, sources={"own", "peer"})
+    outcome = played(scenario)
+    # The lost agent's own events outlived it there, and outrank what peers say of the same.
+    check(outcome, scenario, sources={"own"})
+    for takeover in (outcome.killed, outcome.frozen):
+        assert how_known(takeover) == ("silent", "heartbeats")
+
+
+@pytest.mark.parametrize(
+    ("number", "when", "code"),
+    [
+        pytest.param(signal.SIGINT, "frozen (kill -STOP", 130, id="Ctrl-C"),
+        pytest.param(signal.SIGTERM, "process", 130, id="told to end"),
+        pytest.param(signal.SIGKILL, "in the middle of", -9, id="killed"),
+    ],
+)
+def test_a_demo_that_is_broken_off_leaves_no_process_behind(
+    number: signal.Signals, when: str, code: int
+) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "graphs.demo"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as demo:
+        assert demo.stdout is not None
+        for line in demo.stdout:
+            if when in line.decode():
+                break
+        members = psutil.Process(demo.pid).children(recursive=True)
+        demo.send_signal(number)
+        _, complaints = demo.communicate(timeout=20)
+    _, alive = psutil.wait_procs(members, timeout=10)
+    assert members
+    assert alive == []
+    assert demo.returncode == code
+    assert complaints == b""
+
+
+def takeover(**changes: Any) -> Takeover:
+    final = {"event": "final", "at": 1.0, "status": "resumed", "state": FINAL, **changes}
+    return Takeover(blow_at=0.0, said=[final], orders=ONCE)
+
+
+REFUSED = {"error": "StaleOwnerError", "state": FINAL}
+GOOD = Outcome(uninterrupted=FINAL, killed=takeover(), frozen=replace(takeover(), refused=REFUSED))
+TWICE = ONCE | {MARKETING: 2}
+
+
+@pytest.mark.parametrize(
+    ("outcome", "missing"),
+    [
+        (GOOD, []),
+        (replace(GOOD, killed=takeover(status="failed")), ["the killed launch is failed"]),
+        (
+            replace(GOOD, killed=takeover(state={**FINAL, "units": 4})),
+            ["the killed launch ended in another state"],
+        ),
+        (
+            replace(GOOD, frozen=replace(GOOD.frozen, orders=TWICE)),
+            [f"the frozen launch ordered {TWICE}"],
+        ),
+        (
+            replace(GOOD, frozen=replace(GOOD.frozen, refused={"error": "X", "state": FINAL})),
+            ["the frozen agent was not refused"],
+        ),
+        (
+            replace(GOOD, frozen=replace(GOOD.frozen, refused={**REFUSED, "state": {}})),
+            ["the frozen agent found another state than its successor's"],
+        ),
+    ],
+)
+def test_the_demo_says_what_has_not_come_true(outcome: Outcome, missing: list[str]) -> None:
+    assert outcome.shortfalls == missing
