@@ -57,8 +57,8 @@ from langgraph_peerctx.reconstruction.reconstructor import (
     recover_and_resume_workflow_async,
 )
 from langgraph_peerctx.reconstruction.recoverer import SupervisedWorkflow
-from langgraph_peerctx.reconstruction.recovery import RecoveryResult
 from langgraph_peerctx.reconstruction.recovery_graph import create_recovery_graph
+from langgraph_peerctx.reconstruction.result import RecoveryResult
 from langgraph_peerctx.reconstruction.supervisor import RecoverySupervisor
 from langgraph_peerctx.runtime import PeerContextRuntime
 

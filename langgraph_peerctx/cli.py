@@ -1,56 +1,60 @@
-"""The `peerctx` command: what an operator asks, and what to do about the answer.
+"""The `peerctx` command: what can be said to it; what it then does is in `commands`.
 
 Exit codes: 0 all is well; 1 something is wrong, and it says what to do; 2 the command line or a
-setting is wrong.
+setting is wrong; and of `peerctx recover` 3, a human must answer first, and 4, somebody else has
+the thread.
 """
 
-import asyncio
+# Commands import what they need when they are given: a sentinel starts often, and needs little.
+# ruff: noqa: PLC0415
+
 import json
 import sys
-from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
 
-from langgraph_peerctx.config import KafkaConfig, PeerContextSettings
 from langgraph_peerctx.errors import ConfigurationError, PeerContextError
-from langgraph_peerctx.messaging.kafka_transport import KafkaTransport
-from langgraph_peerctx.messaging.topics import creation_command, faults_of, topics_for
-from langgraph_peerctx.messaging.transport import TopicSpec
-from langgraph_peerctx.persistence.inspection import describe_database
+from langgraph_peerctx.persistence.incidents import IncidentStatus
 
 try:
     import typer
-    from rich.console import Console
-    from rich.table import Column, Table
-    from rich.text import Text
+    from rich.console import Console as _  # noqa: F401 - as needed as typer
 except ImportError:
     sys.exit("peerctx needs an extra: pip install 'langgraph-peerctx[cli]'")
 
-State = Literal["ok", "warning", "fault"]
-MARKS: dict[State, str] = {
-    "ok": "[green]ok[/]",
-    "warning": "[yellow]warning[/]",
-    "fault": "[red]fault[/]",
-}
-DATABASE_TIMEOUT_SECONDS = 4.0
+_EXITS = "Exit codes: 0 well, 1 something is wrong, 2 the command line or a setting is wrong."
 
 app: typer.Typer = typer.Typer(
-    help="Recover killed LangGraph agents with what their peers remember.",
+    help=f"Recover killed LangGraph agents with what their peers remember.\n\n{_EXITS}",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+incidents: typer.Typer = typer.Typer(
+    help="What failed, how it was recovered, and what waits for a person.", no_args_is_help=True
+)
+app.add_typer(incidents, name="incidents")
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """One thing that was looked at, how it is, and what to do where it is not well."""
-
-    name: str
-    state: State
-    detail: str
-    remedy: str = ""
+AsJsonLines = Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")]
+Workflows = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--workflow",
+        metavar="NAME=FILE.py:ATTRIBUTE",
+        help="A compiled graph with its checkpointer, a SupervisedWorkflow, or what makes one: a "
+        "function, or an (async) context manager. NAME is that under which its runs were "
+        "admitted. Repeat it.",
+    ),
+]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        help='A langgraph.json with "peerctx": {"workflows": {"NAME": "./file.py:attribute"}}; by '
+        "default the one in this folder, if no workflow is named.",
+    ),
+]
+IncidentId = Annotated[str, typer.Argument(help="Its id, or a beginning that no other has.")]
 
 
 @app.command()
@@ -66,152 +70,151 @@ def topics(
     as_json: AsJson = False,
 ) -> None:
     """Print the topics that are needed and how to make them, or make them."""
-    settings = PeerContextSettings()
-    specs = topics_for(
-        settings.kafka,
-        requester_id or [settings.requester_id],
-        max_message_bytes=settings.max_message_bytes,
-    )
-    if create:
-        asyncio.run(_on_broker(settings.kafka, lambda broker: broker.ensure_topics(specs)))
-    if as_json:
-        print(json.dumps([_spec_as_json(spec) for spec in specs], indent=2))  # noqa: T201 - the output
-        return
-    console = Console()
-    table = _table("topic", "partitions", "settings")
-    table.title = "made" if create else "needed"
-    for spec in specs:
-        settings_text = "\n".join(f"{name}={value}" for name, value in spec.settings.items())
-        table.add_row(spec.name, str(spec.partitions), settings_text)
-    console.print(table)
-    if not create:
-        console.print("\nMake them with `peerctx topics --create`, or with Kafka's own tool:\n")
-        for spec in specs:
-            console.print(creation_command(spec, settings.kafka.bootstrap_servers), soft_wrap=True)
+    from langgraph_peerctx.commands.topics import show_topics
+
+    show_topics(requester_id or [], create=create, as_json=as_json)
 
 
 @app.command()
 def doctor(*, as_json: AsJson = False) -> None:
-    """Look at broker, topics and databases, and say what to do about what is wrong."""
-    settings = PeerContextSettings()
-    findings = asyncio.run(examine(settings))
-    if as_json:
-        print(json.dumps([asdict(finding) for finding in findings], indent=2))  # noqa: T201 - the output
-    else:
-        _show(findings)
-    if any(finding.state == "fault" for finding in findings):
+    """Look at broker, topics, clocks, databases and sentinel; say what to do about what is wrong.
+
+    Exit codes: 0 nothing is at fault, warnings or not; 1 something is.
+    """
+    from langgraph_peerctx.commands.doctor import diagnose
+
+    if not diagnose(as_json=as_json):
         raise typer.Exit(1)
 
 
-async def examine(settings: PeerContextSettings) -> list[Finding]:
-    """Return what a doctor finds; it ends within the connect and database deadlines."""
-    broker, *databases = await asyncio.gather(
-        _broker(settings),
-        _database("event store", settings.database_url, "PEER_CONTEXT_DATABASE_URL"),
-        _database("control database", settings.control_url, "PEER_CONTEXT_CONTROL_DATABASE_URL"),
-    )
-    reachable = broker[0].state == "ok"
-    mock_mode = _mock_mode(settings, reachable=reachable)
-    return [*broker, mock_mode, *(finding for found in databases for finding in found)]
+@app.command()
+def agents(
+    *,
+    watch: Annotated[
+        bool,
+        typer.Option("--watch/--once", help="Keep showing it; without a terminal always once."),
+    ] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Show how every process is: heartbeats, leases, and why it is taken for what it is.
+
+    Exit codes: 0 it was shown; 1 there is no broker, or a database cannot be read.
+    """
+    from langgraph_peerctx.commands.agents import show_agents
+
+    show_agents(watch=watch, as_json=as_json)
 
 
-async def _broker(settings: PeerContextSettings) -> list[Finding]:
-    specs = topics_for(
-        settings.kafka, [settings.requester_id], max_message_bytes=settings.max_message_bytes
-    )
-    names = [spec.name for spec in specs]
+@app.command()
+def supervise(
+    *, workflow: Workflows = None, config: Config = None, as_json: AsJsonLines = False
+) -> None:
+    """Recover lost runs of workflows until SIGTERM or SIGINT; run as many of these as you like.
+
+    Exit codes: 0 it was told to end; 1 it could not begin; 2 a workflow or a setting is wrong.
+    """
+    from langgraph_peerctx.commands import supervising
+    from langgraph_peerctx.workflow_loading import declared
+
+    supervising.supervise(declared(workflow or [], config), as_json=as_json)
+
+
+@app.command()
+def recover(
+    agent_id: Annotated[str | None, typer.Argument(help="Whose thread it is.")] = None,
+    thread_id: Annotated[str | None, typer.Argument(help="The thread.")] = None,
+    *,
+    workflow: Workflows = None,
+    config: Config = None,
+    answer: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            metavar="INCIDENT_ID VALUE",
+            help="Answer an incident's question instead; the next supervisor goes on with it. "
+            "VALUE is JSON, or plain text if it is none.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Recover one thread now, or answer the question of a recovery that waits.
+
+    Exit codes: 0 it has been recovered, here or elsewhere, or needs nothing; 3 it waits for a
+    human; 4 its owner may be alive, or somebody else is at it; 1 it failed, or needs a person.
+    """
+    if answer is not None:
+        if agent_id is not None:
+            raise typer.BadParameter("--answer stands alone: no AGENT_ID, no THREAD_ID")
+        from langgraph_peerctx.commands.incidents import answer_incident
+
+        answer_incident(answer[0], _value(answer[1]), as_json=as_json)
+        return
+    if agent_id is None or thread_id is None:
+        raise typer.BadParameter("name AGENT_ID and THREAD_ID, or use --answer")
+    from langgraph_peerctx.commands import recovering
+    from langgraph_peerctx.workflow_loading import declared
+
+    told = declared(workflow or [], config)
+    raise typer.Exit(recovering.recover(told, agent_id, thread_id, as_json=as_json))
+
+
+@app.command()
+def sentinel(
+    *,
+    idle_seconds: Annotated[
+        float | None,
+        typer.Option(min=0.1, help="End so long after the last process has gone; default: never."),
+    ] = None,
+    as_json: AsJsonLines = False,
+) -> None:
+    """Watch this host's processes, and publish a death when it happens, until SIGTERM or SIGINT.
+
+    Exit codes: 0 it was told to end, was idle, or one runs already; 1 or 2 it could not begin.
+    """
+    from langgraph_peerctx.commands.watching import watch
+
+    watch(idle_seconds, as_json=as_json)
+
+
+@incidents.command(name="list")
+def list_(
+    *,
+    status: Annotated[IncidentStatus | None, typer.Option(help="Only those.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=100_000, help="At most so many.")] = 100,
+    as_json: AsJson = False,
+) -> None:
+    """List incidents, newest first."""
+    from langgraph_peerctx.commands.incidents import list_incidents
+
+    list_incidents(status, limit, as_json=as_json)
+
+
+@incidents.command()
+def show(incident_id: IncidentId, *, as_json: AsJson = False) -> None:
+    """Show one incident: its times, attempts, steps, result, and what it asks."""
+    from langgraph_peerctx.commands.incidents import show_incident
+
+    show_incident(incident_id, as_json=as_json)
+
+
+@incidents.command()
+def redrive(incident_id: IncidentId, *, as_json: AsJson = False) -> None:
+    """Try a dead letter anew, with all its attempts, or an open incident at once."""
+    from langgraph_peerctx.commands.incidents import redrive_incident
+
+    redrive_incident(incident_id, as_json=as_json)
+
+
+def _value(text: str) -> object:
+    """Read an answer: JSON, or plain text."""
+
+    def refuse(word: str) -> NoReturn:  # NaN and its like are no JSON
+        raise ValueError(word)
+
     try:
-        states = await _on_broker(settings.kafka, lambda broker: broker.describe_topics(names))
-    except PeerContextError as error:
-        remedy = "start it, or see KAFKA_BOOTSTRAP_SERVERS and the KAFKA_* security settings"
-        return [Finding(name="broker", state="fault", detail=str(error), remedy=remedy)]
-    address, protocol = settings.kafka.bootstrap_servers, settings.kafka.security_protocol
-    found = [Finding(name="broker", state="ok", detail=f"{address} answers ({protocol})")]
-    for spec in specs:
-        faults = faults_of(spec, states[spec.name])
-        missing = states[spec.name].partitions == 0
-        found.append(
-            Finding(
-                name=f"topic {spec.name}",
-                state=("fault" if missing else "warning") if faults else "ok",
-                detail="; ".join(faults) or "there, with the right settings",
-                remedy=_topic_remedy(spec, missing=missing) if faults else "",
-            )
-        )
-    return found
-
-
-def _topic_remedy(spec: TopicSpec, *, missing: bool) -> str:
-    if missing:
-        return "peerctx topics --create"
-    return f"change it with kafka-configs.sh --entity-type topics --entity-name {spec.name} --alter"
-
-
-def _mock_mode(settings: PeerContextSettings, *, reachable: bool) -> Finding:
-    mode = settings.mock_mode
-    if mode == "always":
-        detail = "always on: nothing is sent, no peer is ever asked"
-        remedy = "unset PEER_CONTEXT_MOCK_MODE"
-        return Finding(name="mock mode", state="warning", detail=detail, remedy=remedy)
-    if mode == "never":
-        return Finding(name="mock mode", state="ok", detail="never: a missing broker is an error")
-    if reachable:
-        detail = "auto, and off now; a broker that vanishes would turn it on"
-        remedy = "in production set PEER_CONTEXT_MOCK_MODE=never"
-        return Finding(name="mock mode", state="ok", detail=detail, remedy=remedy)
-    detail = "auto, and on now: recoveries would go without peers, and say so"
-    remedy = "bring the broker back; in production set PEER_CONTEXT_MOCK_MODE=never"
-    return Finding(name="mock mode", state="warning", detail=detail, remedy=remedy)
-
-
-async def _database(name: str, url: str, variable: str) -> list[Finding]:
-    """Look at one database in a thread: a server that does not answer must not hold the rest."""
-    try:
-        async with asyncio.timeout(2 * DATABASE_TIMEOUT_SECONDS):
-            state = await asyncio.to_thread(
-                describe_database, url, timeout_seconds=DATABASE_TIMEOUT_SECONDS
-            )
-    except TimeoutError:
-        remedy = f"see whether the server runs, or {variable}"
-        return [Finding(name=name, state="fault", detail="it does not answer", remedy=remedy)]
-    if state.problems:
-        return [
-            Finding(name=name, state="fault", detail=problem, remedy=f"see {variable}")
-            for problem in state.problems
-        ]
-    if not state.exists or state.schema_version is None:
-        detail = f"{state.name} is not there yet: it is made when first used"
-        return [Finding(name=name, state="ok", detail=detail)]
-    detail = f"{state.name}: schema {state.schema_version}"
-    return [Finding(name=name, state="ok", detail=detail)]
-
-
-async def _on_broker(config: KafkaConfig, ask: Callable[[KafkaTransport], Awaitable[Any]]) -> Any:
-    transport = KafkaTransport(config)
-    try:
-        await transport.start()
-        return await ask(transport)
-    finally:
-        await transport.close()
-
-
-def _spec_as_json(spec: TopicSpec) -> dict[str, Any]:
-    return {"name": spec.name, "partitions": spec.partitions, "settings": dict(spec.settings)}
-
-
-def _show(findings: list[Finding]) -> None:
-    console = Console()
-    table = _table("what", "how it is", "what was found, and what to do")
-    for finding in findings:
-        # What was found is no markup, whatever brackets are in it.
-        said = Text("\n→ ".join(text for text in (finding.detail, finding.remedy) if text))
-        table.add_row(finding.name, MARKS[finding.state], said)
-    console.print(table)
-
-
-def _table(*names: str) -> Table:
-    """Return a table that cuts nothing off: the end of a variable's name is what one needs."""
-    return Table(*(Column(name, overflow="fold") for name in names))
+        value: Any = json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError):
+        return text
+    return value
 
 
 def main() -> None:

@@ -211,7 +211,7 @@ def _owning_class(kind: type[Any], terms: _Terms) -> type[Any]:
                 begun = _begun(plain, terms, input, config, options)
                 workflow, place, chosen = await stack.enter_async_context(begun)
             # A stream that is broken off is closed here and now, or its end would be written late.
-            running = workflow.astream(input, place, **chosen)
+            running: Any = workflow.astream(input, place, **chosen)
             async for chunk in await stack.enter_async_context(aclosing(running)):
                 yield chunk
 

@@ -299,7 +299,7 @@ class Runs(Leases):
 
     def holders(self) -> list[Holder]:
         """Return who has leases, expired or not, sorted by process."""
-        statement = (
+        statement: Any = (
             select(
                 leases.c.owner_id,
                 leases.c.owner_incarnation,

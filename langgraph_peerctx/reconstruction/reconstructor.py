@@ -11,10 +11,8 @@ from langgraph_peerctx.identifiers import check_id
 from langgraph_peerctx.protocol.messages import InDoubtKey
 from langgraph_peerctx.reconstruction.checkpoint import CheckpointView, load_checkpoint
 from langgraph_peerctx.reconstruction.evidence import Reconstruction, reconstruct
-from langgraph_peerctx.reconstruction.recovery import (
-    RecoveryResult,
-    recover_and_resume_workflow_async,
-)
+from langgraph_peerctx.reconstruction.recovery import recover_and_resume_workflow_async
+from langgraph_peerctx.reconstruction.result import RecoveryResult
 from langgraph_peerctx.reconstruction.sources import (
     ContextRuntime,
     EvidenceQuery,

@@ -8,20 +8,21 @@ import asyncio
 import inspect
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.checkpoint.serde.types import INTERRUPT
 from langgraph.types import Command
 
-from langgraph_peerctx.background import BackgroundRuntime
+from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.durability.admission import config_of, context_of, fenced, input_of
 from langgraph_peerctx.durability.fenced_checkpointer import FencedCheckpointer
 from langgraph_peerctx.durability.isolation import in_empty_context
+from langgraph_peerctx.durability.loop_watch import LoopWatch
 from langgraph_peerctx.durability.ownership import Ownership
 from langgraph_peerctx.durability.workflow import Workflow, checkpointer_of, compiled
 from langgraph_peerctx.errors import (
@@ -31,15 +32,17 @@ from langgraph_peerctx.errors import (
     StoreError,
 )
 from langgraph_peerctx.gathering.gatherer import OnAnswer
+from langgraph_peerctx.nodes.on_runtime import RuntimeSource
 from langgraph_peerctx.nodes.peer_context_subgraph import Limits
 from langgraph_peerctx.owned import unowned
 from langgraph_peerctx.persistence.incidents import Recovery, Settlement
 from langgraph_peerctx.persistence.runs import LostRun, Run
 from langgraph_peerctx.reconstruction.approval import Thresholds
-from langgraph_peerctx.reconstruction.incident import OnStep
-from langgraph_peerctx.reconstruction.recovery import RecoveryResult
+from langgraph_peerctx.reconstruction.incident import OnStep, StepRecord, timed
 from langgraph_peerctx.reconstruction.recovery_graph import RecoveryPlan, RecoverySteps
+from langgraph_peerctx.reconstruction.result import RecoveryResult
 from langgraph_peerctx.reconstruction.resume import Admitted, Given
+from langgraph_peerctx.reconstruction.sources import OwnEvents
 from langgraph_peerctx.reconstruction.standing import as_it_stands, kept, plain, result_without
 
 _logger = logging.getLogger(__name__)
@@ -93,26 +96,49 @@ class SupervisedWorkflow:
         object.__setattr__(self, "thresholds", thresholds)
 
 
+class OwningRuntime(Protocol):
+    """What we need of a runtime: `BackgroundRuntime`, or `PeerContextRuntime` on its own loop."""
+
+    @property
+    def settings(self) -> PeerContextSettings:
+        """What it runs with."""
+        ...
+
+    @property
+    def watch(self) -> LoopWatch:
+        """What asks loops whether they turn."""
+        ...
+
+
 class Recoverer:
     """Recovers lost runs, on the loop of whoever asks; claims and leases are the process's.
 
     Args:
         runtime: The process's runtime.
         ownership: What the process owns.
+        source: Another runtime than the process's own, for asking the peers.
+        open_store: Another event store than the settings'.
+        order: What the recovery graph is asked beside agent and thread; see `RecoveryInput`.
         on_step: Is told of each step when it has ended.
         on_answer: Is told of each peer's answer when it arrives.
     """
 
     def __init__(
         self,
-        runtime: BackgroundRuntime,
+        runtime: OwningRuntime,
         ownership: Ownership,
         *,
+        source: RuntimeSource | None = None,
+        open_store: Callable[[], OwnEvents] | None = None,
+        order: Mapping[str, Any] | None = None,
         on_step: OnStep | None = None,
         on_answer: OnAnswer | None = None,
     ) -> None:
         self._runtime = runtime
         self._ownership = ownership
+        self._source = source
+        self._open_store = open_store
+        self._order = dict(order or {})
         self._on_step = on_step
         self._on_answer = on_answer
 
@@ -133,11 +159,15 @@ class Recoverer:
             StoreError: If the control database failed before the claim.
         """
         ownership, asked_at = self._ownership, time.monotonic()
-        recovery = await ownership.control.abegin_recovery(
-            lost, ownership.owner, died=died, max_attempts=self._runtime.settings.max_attempts
-        )
+        with timed("claim", agent_id=lost.agent_id, thread_id=lost.thread_id) as claim:
+            recovery = await ownership.control.abegin_recovery(
+                lost, ownership.owner, died=died, max_attempts=self._runtime.settings.max_attempts
+            )
+            claim.detail.update(epoch=None if recovery is None else recovery.lease.epoch)
         if recovery is None:
             return None
+        if self._on_step is not None and claim.record is not None:
+            self._on_step(claim.record)
         if recovery.is_over:
             _logger.error(
                 "%s of %s has had all its attempts: it is a dead letter",
@@ -151,7 +181,7 @@ class Recoverer:
             lost.thread_id, asyncio.get_running_loop(), self._runtime.settings.stuck_seconds
         )
         try:
-            settlement, result = await self._attempt(recovery, supervised)
+            settlement, result = await self._attempt(recovery, supervised, claim.record)
         except asyncio.CancelledError:
             await self._settle(recovery, _handed_over("the recoverer leaves"))
             raise
@@ -180,12 +210,13 @@ class Recoverer:
         return as_it_stands(agent_id, thread_id, lost, incident)
 
     async def _attempt(
-        self, recovery: Recovery, supervised: SupervisedWorkflow
+        self, recovery: Recovery, supervised: SupervisedWorkflow, claim: StepRecord | None
     ) -> tuple[Settlement, RecoveryResult]:
         """Run the recovery graph, and say what is to be written down."""
         incident = recovery.incident
         try:
-            steps = RecoverySteps(await self._plan(recovery, supervised))
+            plan = await self._plan(recovery, supervised)
+            steps = RecoverySteps(replace(plan, before=() if claim is None else (claim,)))
             state = await self._run(recovery, supervised, steps)
         except PeerContextError as error:
             _logger.warning("the recovery of %s failed: %s", incident.thread_id, error)
@@ -220,6 +251,7 @@ class Recoverer:
                 ),
                 fork_of=fork_of,
             ),
+            incident_id=recovery.incident.incident_id,
             channel=supervised.peer_context_channel,
             context=await _context(workflow, run, supervised.context_factory),
             config=_merged(supervised.config, said),
@@ -232,6 +264,8 @@ class Recoverer:
             ),
             thresholds=supervised.thresholds,
             settings=self._runtime.settings,
+            source=self._source,
+            open_store=self._open_store,
             on_step=self._on_step,
             on_answer=self._on_answer,
         )
@@ -241,7 +275,11 @@ class Recoverer:
     ) -> dict[str, Any]:
         """Begin the recovery graph, or go on where an earlier recoverer left it."""
         incident, saver = recovery.incident, checkpointer_of(supervised.workflow)
-        order = {"failed_agent_id": incident.agent_id, "thread_id": incident.thread_id}
+        order = {
+            **self._order,
+            "failed_agent_id": incident.agent_id,
+            "thread_id": incident.thread_id,
+        }
         if saver is None:
             app = steps.graph().compile(name="recovery")
             begun: dict[str, Any] = await in_empty_context(

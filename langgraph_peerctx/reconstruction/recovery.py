@@ -1,53 +1,36 @@
 """From a dead agent's thread to a workflow that goes on: the recovery graph, run once."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from functools import partial
-from typing import Any, Self, TypedDict
+from typing import Any, Literal, Self
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.types import Durability
 
 from langgraph_peerctx.config import PeerContextSettings
+from langgraph_peerctx.durability.admission import fenced
 from langgraph_peerctx.durability.isolation import in_empty_context
+from langgraph_peerctx.durability.ownership import Ownership
 from langgraph_peerctx.durability.workflow import Workflow, compiled, thread_config
+from langgraph_peerctx.errors import ConfigurationError
 from langgraph_peerctx.gathering.gatherer import OnAnswer
 from langgraph_peerctx.identifiers import check_id
 from langgraph_peerctx.nodes.on_runtime import Update, Work
 from langgraph_peerctx.nodes.peer_context_subgraph import Limits
 from langgraph_peerctx.owned import unowned
+from langgraph_peerctx.persistence.database import open_in_thread
+from langgraph_peerctx.persistence.incidents import ControlDatabase
+from langgraph_peerctx.persistence.inspection import has_schema
 from langgraph_peerctx.protocol.messages import InDoubtKey
-from langgraph_peerctx.reconstruction.incident import IncidentRecord, OnStep
+from langgraph_peerctx.reconstruction.incident import OnStep
+from langgraph_peerctx.reconstruction.recoverer import Recoverer, SupervisedWorkflow
 from langgraph_peerctx.reconstruction.recovery_graph import RecoveryPlan, RecoverySteps
-from langgraph_peerctx.reconstruction.resume import RecoveryStatus
+from langgraph_peerctx.reconstruction.result import RecoveryResult
 from langgraph_peerctx.reconstruction.sources import ContextRuntime
+from langgraph_peerctx.reconstruction.standing import as_it_stands
 from langgraph_peerctx.runtime import PeerContextRuntime
-
-
-class RecoveryResult(TypedDict):
-    """How a recovery ended.
-
-    Attributes:
-        recovered: Whether the workflow was run and did not fail.
-        status: `resumed` and `restarted` (from `initial_state`) ended; `already_finished`,
-            `nothing_to_recover` and `needs_context` were not run; `waiting_for_human` is it now,
-            whether it was run (`recovered`) or not; `not_approved` was not run because a human
-            said no; `failed` raised again. More may come.
-        peer_context_used: Whether what peers know has reached the workflow's state.
-        degraded: Whether the recovery had to do without something that it should have had.
-        reasons: What that was, and why the status is what it is; each begins with a word and a
-            colon, as `no_channel: ...`.
-        final_state: What the workflow returns, as it stands now.
-        incident: The record of this recovery, plain JSON.
-    """
-
-    recovered: bool
-    status: RecoveryStatus
-    peer_context_used: bool
-    degraded: bool
-    reasons: list[str]
-    final_state: Any
-    incident: IncidentRecord
 
 
 async def recover_and_resume_workflow_async(
@@ -73,8 +56,10 @@ async def recover_and_resume_workflow_async(
 ) -> RecoveryResult:
     """Resume a dead agent's workflow where it stopped, with what its peers know of it.
 
-    The caller sees to it that the agent is dead: LangGraph lets two processes run one thread, and
-    then each remaining effect happens twice. Safe to call again after a recovery that died itself.
+    A run that was owned is claimed first, whatever `initial_state` says: of any number of callers
+    one recovers it, and nobody does while its process holds its lease. Of any other run the caller
+    sees to it that its agent is dead: LangGraph lets two processes run one thread, and then each
+    remaining effect happens twice. Safe to call again after a recovery that died itself.
 
     Args:
         workflow: The compiled workflow, with the checkpointer that the dead process wrote to.
@@ -109,26 +94,24 @@ async def recover_and_resume_workflow_async(
     """
     settings = settings or (runtime.settings if runtime else PeerContextSettings())
     source = _Borrowed(runtime) if runtime else _Opened(settings)
-    steps = RecoverySteps(
-        RecoveryPlan(
-            workflow=unowned(compiled(workflow)),
-            channel=peer_context_channel,
-            context=context,
-            config=config,
-            durability=durability,
-            initial_state=initial_state,
-            use_peer_context=use_peer_context,
-            limits=Limits(
-                expect=tuple(expect),
-                timeout_seconds=peer_context_timeout,
-                min_responses=min_responses,
-            ),
-            settings=settings,
-            source=source,
-            open_store=partial(getattr, runtime, "store") if runtime else None,
-            on_step=on_step,
-            on_answer=on_answer,
-        )
+    plan = RecoveryPlan(
+        workflow=unowned(compiled(workflow)),
+        channel=peer_context_channel,
+        context=context,
+        config=config,
+        durability=durability,
+        initial_state=initial_state,
+        use_peer_context=use_peer_context,
+        limits=Limits(
+            expect=tuple(expect),
+            timeout_seconds=peer_context_timeout,
+            min_responses=min_responses,
+        ),
+        settings=settings,
+        source=source,
+        open_store=partial(getattr, runtime, "store") if runtime else None,
+        on_step=on_step,
+        on_answer=on_answer,
     )
     order = {
         "failed_agent_id": check_id(agent_id, "agent_id"),
@@ -136,12 +119,88 @@ async def recover_and_resume_workflow_async(
         "time_window_seconds": time_window_seconds,
         "in_doubt": [key.model_dump(mode="json") for key in in_doubt],
     }
+    standing = await standing_of(settings, agent_id, thread_id)
     async with source:
-        state = await in_empty_context(
-            steps.graph().compile(name="recovery").ainvoke(order), name=f"recover {thread_id}"
-        )
+        if standing == "unknown":
+            return await _recovered(plan, order)
+        owning = await source.owning()
+        ownership = await owning.own()
+        if standing == "open":
+            recoverer = Recoverer(
+                owning,
+                ownership,
+                source=source,
+                open_store=plan.open_store,
+                order=order,
+                on_step=on_step,
+                on_answer=on_answer,
+            )
+            return await recoverer.recover_thread(agent_id, thread_id, supervised_as(plan))
+        return await _recovered_under_a_lease(plan, order, ownership)
+
+
+async def _recovered(plan: RecoveryPlan, order: Mapping[str, Any]) -> RecoveryResult:
+    """Run the recovery graph once, without a checkpointer."""
+    steps = RecoverySteps(plan)
+    state = await in_empty_context(
+        steps.graph().compile(name="recovery").ainvoke(order), name=f"recover {order['thread_id']}"
+    )
     result: RecoveryResult = state["result"]
     return {**result, "final_state": steps.final_state}
+
+
+async def _recovered_under_a_lease(
+    plan: RecoveryPlan, order: Mapping[str, Any], ownership: Ownership
+) -> RecoveryResult:
+    """Recover a thread whose last run has ended: nobody is to write meanwhile."""
+    agent_id, thread_id = order["failed_agent_id"], order["thread_id"]
+    held = await ownership.claim(agent_id, thread_id)
+    if held is None:
+        lost = await ownership.control.aopen_run(agent_id, thread_id)
+        incident = await ownership.control.aincident_of(agent_id, thread_id)
+        return as_it_stands(agent_id, thread_id, lost, incident)
+    try:
+        behind = fenced(plan.workflow, ownership)
+        return await _recovered(replace(plan, workflow=behind), order)
+    finally:
+        await ownership.release(agent_id, thread_id)
+
+
+_Standing = Literal["unknown", "open", "ended"]
+
+
+async def standing_of(settings: PeerContextSettings, agent_id: str, thread_id: str) -> _Standing:
+    """Tell what the control database knows of a thread; none is made by looking.
+
+    Raises:
+        StoreError: If it is there and cannot be read.
+    """
+
+    def look() -> _Standing:
+        if not has_schema(settings.control_url, timeout_seconds=settings.database_timeout_seconds):
+            return "unknown"
+        with ControlDatabase(
+            settings.control_url, timeout_seconds=settings.database_timeout_seconds
+        ) as control:
+            if control.open_run(agent_id, thread_id) is not None:
+                return "open"
+            return "ended" if control.lease_of(agent_id, thread_id) is not None else "unknown"
+
+    return await open_in_thread(look)
+
+
+def supervised_as(plan: RecoveryPlan) -> SupervisedWorkflow:
+    """Return how a plan's workflow is recovered where its run was written down."""
+    return SupervisedWorkflow(
+        workflow=plan.workflow,
+        context_factory=None if plan.context is None else lambda _run: plan.context,
+        config=plan.config,
+        peer_context_channel=plan.channel,
+        use_peer_context=plan.use_peer_context,
+        expect=plan.limits.expect,
+        timeout_seconds=plan.limits.timeout_seconds,
+        min_responses=plan.limits.min_responses,
+    )
 
 
 class _Borrowed:
@@ -152,6 +211,11 @@ class _Borrowed:
 
     async def acall(self, work: Work) -> Update:
         return await work(self._runtime)
+
+    async def owning(self) -> PeerContextRuntime:
+        if not isinstance(self._runtime, PeerContextRuntime):
+            raise ConfigurationError("the thread's run is owned: its recovery needs a real runtime")
+        return self._runtime
 
     async def __aenter__(self) -> Self:
         return self
@@ -169,6 +233,9 @@ class _Opened(AsyncExitStack):
         self._runtime: PeerContextRuntime | None = None
 
     async def acall(self, work: Work) -> Update:
+        return await work(await self.owning())
+
+    async def owning(self) -> PeerContextRuntime:
         if self._runtime is None:
             self._runtime = await self.enter_async_context(PeerContextRuntime(self._settings))
-        return await work(self._runtime)
+        return self._runtime

@@ -50,7 +50,7 @@ from langgraph_peerctx.protocol.messages import InDoubtKey
 from langgraph_peerctx.reconstruction.approval import Thresholds, is_approved, what_to_approve
 from langgraph_peerctx.reconstruction.checkpoint import CheckpointView, load_checkpoint
 from langgraph_peerctx.reconstruction.evidence import reconstruct
-from langgraph_peerctx.reconstruction.incident import OnStep, incident_record, timed
+from langgraph_peerctx.reconstruction.incident import OnStep, StepRecord, incident_record, timed
 from langgraph_peerctx.reconstruction.resume import (
     Admitted,
     Decision,
@@ -133,6 +133,8 @@ class RecoveryPlan:
     Attributes:
         admitted: The run, where it was written down when it began: its input outranks
             `initial_state`.
+        incident_id: The incident, where there is a row of it; by default a fresh one.
+        before: Steps that were taken before the graph, the claim for instance.
         source: Another runtime than the process's own.
         open_store: Another event store than the settings'.
         initial_state: What to begin with, where the state does not say.
@@ -140,6 +142,8 @@ class RecoveryPlan:
 
     workflow: Workflow
     admitted: Admitted | None = None
+    incident_id: str | None = None
+    before: tuple[StepRecord, ...] = ()
     channel: str = "peer_context"
     context: Any = None
     config: RunnableConfig | None = None
@@ -285,8 +289,8 @@ class RecoverySteps:
         check_initial_state(self.plan.workflow, self._initial_state(state))
         settings = self.plan.settings_now()
         begun: Update = {
-            "incident_id": new_id(),
-            "started_at": datetime.now(UTC).isoformat(),
+            "incident_id": self.plan.incident_id or new_id(),
+            "started_at": _beginning(self.plan.before),
             "failed_agent_id": agent_id,
             "thread_id": thread_id,
             "steps": [],
@@ -308,7 +312,7 @@ class RecoverySteps:
             "checkpoint": view.as_json() if view.exists else None,
             "time_window_seconds": query.time_window_seconds,
             "reaches_checkpoint": query.reaches_checkpoint,
-            "steps": [step.record],
+            "steps": [*self.plan.before, step.record],
         }
         if decision.action == "stop":
             begun["result"] = self._stopped(begun, view, decision)
@@ -545,6 +549,10 @@ def _unless_ended(state: RecoveryState) -> str:
 
 def _unless_gathered(following: str, state: RecoveryState) -> str:
     return following if state.get("gathered") is None else "reconstruct"
+
+
+def _beginning(before: Sequence[StepRecord]) -> str:
+    return before[0]["started_at"] if before else datetime.now(UTC).isoformat()
 
 
 def _attempt() -> int:

@@ -1,6 +1,6 @@
 """What is with a thread that is not recovered here: somebody else is at it, was, or must be."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -9,7 +9,7 @@ from pydantic_core import to_jsonable_python
 from langgraph_peerctx.persistence.incidents import Incident, IncidentStatus
 from langgraph_peerctx.persistence.runs import LostRun
 from langgraph_peerctx.reconstruction.incident import incident_record
-from langgraph_peerctx.reconstruction.recovery import RecoveryResult
+from langgraph_peerctx.reconstruction.result import RecoveryResult
 from langgraph_peerctx.reconstruction.resume import RecoveryStatus
 
 RESULT_LIMIT = 1_000_000
@@ -76,7 +76,7 @@ def plain(value: object) -> Any:
 
 def _elsewhere(incident: Incident) -> RecoveryResult:
     """Return what another process has made of it."""
-    told: Mapping[str, Any] = incident.result or {}
+    told: dict[str, Any] = dict(incident.result or {})
     found = result_without(
         incident,
         "recovered_elsewhere",

@@ -30,7 +30,7 @@ from langgraph_peerctx.reconstruction.failure_detector import (
 )
 from langgraph_peerctx.reconstruction.incident import OnStep
 from langgraph_peerctx.reconstruction.recoverer import Recoverer, SupervisedWorkflow
-from langgraph_peerctx.reconstruction.recovery import RecoveryResult
+from langgraph_peerctx.reconstruction.result import RecoveryResult
 from langgraph_peerctx.runtime import PeerContextRuntime
 
 _logger = logging.getLogger(__name__)

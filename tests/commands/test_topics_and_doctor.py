@@ -1,78 +1,26 @@
-"""The `peerctx` command: what it prints, what it makes, and how it exits."""
+"""`peerctx topics` and `peerctx doctor`: what they print, what they make, and how they exit."""
 
 import asyncio
 import json
 import re
 import socket
+import sqlite3
 import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
-from uuid import uuid4
 
 import pytest
-from services.kafka import KafkaServer, free_ports
+from command_line import PEERCTX, Run
+from services.postgres import PostgresServer
 
-from langgraph_peerctx import cli
-from langgraph_peerctx.config import KafkaConfig
+from langgraph_peerctx.config import KafkaConfig, PeerContextSettings
 from langgraph_peerctx.messaging.kafka_transport import KafkaTransport
+from langgraph_peerctx.messaging.sentinel_place import place_of
 from langgraph_peerctx.messaging.transport import TopicSpec
 from langgraph_peerctx.persistence.event_store import EventStore
-
-
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-    @property
-    def findings(self) -> dict[str, dict[str, str]]:
-        return {finding["name"]: finding for finding in self.json}
-
-
-Run = Callable[..., Outcome]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """Run a command line in this process, with an environment of its own."""
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("PEER_CONTEXT_DATABASE_URL", f"sqlite:///{tmp_path}/events.db")
-    monkeypatch.setenv("PEER_CONTEXT_CONTROL_DATABASE_URL", f"sqlite:///{tmp_path}/control.db")
-
-    def run(*arguments: str, **environment: str) -> Outcome:
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(sys, "argv", ["peerctx", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return Outcome(int(ended.value.code or 0), *capsys.readouterr())
-
-    return run
-
-
-@pytest.fixture
-def nobody() -> str:
-    """Return an address where nobody listens."""
-    return f"127.0.0.1:{free_ports(1)[0]}"
-
-
-@pytest.fixture
-def own(kafka: KafkaServer) -> dict[str, str]:
-    """Return the environment of a team that nobody else on the broker knows."""
-    team = uuid4().hex[:8]
-    return {
-        "KAFKA_BOOTSTRAP_SERVERS": kafka.bootstrap_servers,
-        "KAFKA_CONTEXT_REQUEST_TOPIC": f"{team}.request",
-        "KAFKA_CONTEXT_RESPONSE_TOPIC_PREFIX": f"{team}.response",
-        "KAFKA_PRESENCE_TOPIC": f"{team}.presence",
-    }
+from langgraph_peerctx.persistence.incidents import ControlDatabase
+from langgraph_peerctx.persistence.migrations import VERSION_TABLE
+from langgraph_peerctx.persistence.runs import LostRun, NewRun, Owner, Packed, RunInput
 
 
 def test_topics_needs_no_broker_to_say_what_is_needed(run: Run, nobody: str) -> None:
@@ -105,6 +53,7 @@ def test_topics_are_made_with_their_settings_and_the_doctor_is_content(
     well = run("doctor", "--json", **own)
     assert well.code == 0
     assert {finding["state"] for finding in well.json} == {"ok"}
+    assert "from ours" in well.findings["broker's clock"]["detail"]
 
 
 @pytest.mark.kafka
@@ -229,9 +178,131 @@ def test_an_unknown_option_is_exit_code_two(run: Run) -> None:
 
 
 def test_it_runs_as_a_command(tmp_path: Path) -> None:
-    command = Path(sys.executable).with_name("peerctx")
     done = subprocess.run(
-        [command, "topics", "--json"], capture_output=True, check=True, cwd=tmp_path, timeout=60
+        [PEERCTX, "topics", "--json"], capture_output=True, check=True, cwd=tmp_path, timeout=60
     )
     assert len(json.loads(done.stdout)) == 3
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_doctor_says_that_automatic_recovery_is_off(
+    run: Run, nobody: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PEER_CONTEXT_CONTROL_DATABASE_URL")
+    found = run("doctor", "--json", KAFKA_BOOTSTRAP_SERVERS=nobody).findings["recovery"]
+    assert found["state"] == "warning"
+    assert "automatic recovery is off" in found["detail"]
+    assert "PEER_CONTEXT_CONTROL_DATABASE_URL" in found["remedy"]
+
+
+def test_the_doctor_counts_what_is_open_and_what_waits_for_a_person(
+    run: Run, nobody: str, tmp_path: Path
+) -> None:
+    owner = Owner(owner_id="dead", incarnation="life", ttl_seconds=30)
+    given = RunInput(value=Packed(kind="json", data=b"{}"))
+    with ControlDatabase(f"sqlite:///{tmp_path}/control.db") as control:
+        lease = control.admit(
+            NewRun(run_id="run", agent_id="agent", thread_id="thread", given=given), owner
+        )
+        control.hand_over("life")
+        lost = control.open_run("agent", "thread")
+        assert isinstance(lost, LostRun)
+        other = Owner(owner_id="other", incarnation="other", ttl_seconds=30)
+        control.begin_recovery(lost, other, max_attempts=0)
+    assert lease.epoch == 1
+    found = run("doctor", "--json", KAFKA_BOOTSTRAP_SERVERS=nobody).findings
+    assert found["open runs"]["detail"] == "1"
+    assert found["incidents"]["state"] == "warning"
+    assert found["incidents"]["detail"] == "1 dead_letter"
+    assert found["incidents"]["remedy"] == "peerctx incidents list --status dead_letter"
+
+
+@pytest.mark.parametrize(
+    ("version", "state", "said"),
+    [("0001", "warning", "is upgraded to"), ("9999", "fault", "install the release that made it")],
+)
+def test_the_doctor_compares_the_schema_with_this_release(
+    run: Run, nobody: str, tmp_path: Path, version: str, state: str, said: str
+) -> None:
+    with EventStore(f"sqlite:///{tmp_path}/events.db"):
+        pass
+    database = sqlite3.connect(tmp_path / "events.db")
+    with database:
+        statement = f"UPDATE {VERSION_TABLE} SET version_num = ?"  # noqa: S608 - a constant
+        database.execute(statement, [version])
+    database.close()
+    found = run("doctor", "--json", KAFKA_BOOTSTRAP_SERVERS=nobody).findings["event store"]
+    assert found["state"] == state
+    assert said in found["detail"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "state", "said"),
+    [
+        ("off", "ok", "silence alone"),
+        ("auto", "ok", "started on demand"),
+        ("connect", "warning", "silence alone"),
+    ],
+)
+def test_the_doctor_says_what_it_means_that_no_sentinel_runs(
+    run: Run, nobody: str, tmp_path: Path, mode: str, state: str, said: str
+) -> None:
+    found = run(
+        "doctor",
+        "--json",
+        KAFKA_BOOTSTRAP_SERVERS=nobody,
+        PEER_CONTEXT_SENTINEL=mode,
+        PEER_CONTEXT_SENTINEL_DIRECTORY=str(tmp_path / "s"),
+    ).findings["sentinel"]
+    assert found["state"] == state
+    assert said in found["detail"]
+    assert not (tmp_path / "s").exists()
+
+
+def test_the_doctor_sees_a_sentinel_and_a_directory_that_is_not_ours_alone(
+    run: Run, nobody: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "s").mkdir(mode=0o700)
+    monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", nobody)
+    monkeypatch.setenv("PEER_CONTEXT_SENTINEL", "connect")
+    monkeypatch.setenv("PEER_CONTEXT_SENTINEL_DIRECTORY", str(tmp_path / "s"))
+    place = place_of(PeerContextSettings())
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(place.socket))
+        listener.listen()
+        found = run("doctor", "--json").findings["sentinel"]
+    assert (found["state"], found["detail"]) == ("ok", f"{place.sentinel_id} runs")
+    (tmp_path / "s").chmod(0o755)
+    found = run("doctor", "--json").findings["sentinel"]
+    assert found["state"] == "fault"
+    assert "open to others" in found["detail"]
+
+
+@pytest.mark.postgres
+def test_the_doctor_looks_at_a_servers_clock_and_at_what_its_user_may_do(
+    run: Run, nobody: str, postgres_server: PostgresServer, postgres_url: str
+) -> None:
+    EventStore(postgres_url).close()
+    found = run(
+        "doctor",
+        "--json",
+        KAFKA_BOOTSTRAP_SERVERS=nobody,
+        PEER_CONTEXT_CONTROL_DATABASE_URL=postgres_url,
+    ).findings
+    assert found["control database"]["state"] == "ok"
+    assert found["control database's clock"]["state"] == "ok"
+    database = postgres_url.rpartition("/")[2]
+    role = f"writer_{database}"
+    postgres_server.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'hunter2'")
+    try:
+        for granted in ("SELECT", "INSERT"):
+            postgres_server.execute(
+                f"GRANT {granted} ON ALL TABLES IN SCHEMA public TO {role}", database
+            )
+        url = postgres_server.url(database, role, password="hunter2")  # noqa: S106 - a test's
+        found = run("doctor", "--json", PEER_CONTEXT_CONTROL_DATABASE_URL=url).findings
+    finally:
+        postgres_server.execute(f"DROP OWNED BY {role}", database)
+        postgres_server.execute(f"DROP ROLE {role}")
+    assert found["control database"]["state"] == "fault"
+    assert "grant UPDATE on peerctx_leases" in found["control database"]["detail"]

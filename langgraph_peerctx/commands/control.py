@@ -1,0 +1,27 @@
+"""The control database, as the commands open it: never made by looking at it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from langgraph_peerctx.config import PeerContextSettings
+from langgraph_peerctx.errors import ConfigurationError
+from langgraph_peerctx.persistence.incidents import ControlDatabase
+from langgraph_peerctx.persistence.inspection import has_schema
+
+
+@contextmanager
+def control_database(settings: PeerContextSettings) -> Iterator[ControlDatabase]:
+    """Open the control database, if there is one.
+
+    Raises:
+        ConfigurationError: If there is none yet.
+        StoreError: If it cannot be opened.
+    """
+    timeout_seconds = settings.database_timeout_seconds
+    if not has_schema(settings.control_url, timeout_seconds=timeout_seconds):
+        raise ConfigurationError(
+            "there is no control database yet: set PEER_CONTEXT_CONTROL_DATABASE_URL to the one "
+            "that the agents use; see `peerctx doctor`"
+        )
+    with ControlDatabase(settings.control_url, timeout_seconds=timeout_seconds) as control:
+        yield control
