@@ -45,6 +45,7 @@ from langgraph_peerctx.persistence.event_store import (
 from langgraph_peerctx.persistence.incidents import ControlDatabase, Incident
 from langgraph_peerctx.persistence.runs import Run
 from langgraph_peerctx.protocol.messages import InDoubtKey, Interaction
+from langgraph_peerctx.reconstruction.answering import aanswer_recovery, answer_recovery
 from langgraph_peerctx.reconstruction.evidence import Reconstruction
 from langgraph_peerctx.reconstruction.failure_detector import (
     AgentFailure,
@@ -112,6 +113,8 @@ __all__ = [
     "TooFewResponsesError",
     "UnknownChannelError",
     "UnknownTopicError",
+    "aanswer_recovery",
+    "answer_recovery",
     "arecord_interaction",
     "create_ask_peers_tool",
     "create_peer_context_subgraph",

@@ -8,7 +8,7 @@ import logging
 import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from typing import Any, TypedDict, overload
+from typing import Any, TypedDict, Unpack, overload
 from uuid import UUID
 
 from langchain_core.callbacks import BaseCallbackHandler
@@ -16,8 +16,11 @@ from langchain_core.callbacks import BaseCallbackHandler
 from langgraph_peerctx import background
 from langgraph_peerctx.background import BackgroundRuntime
 from langgraph_peerctx.config import PeerContextSettings
-from langgraph_peerctx.errors import PeerContextError
+from langgraph_peerctx.durability.workflow import Workflow, compiled
+from langgraph_peerctx.errors import ConfigurationError, PeerContextError
 from langgraph_peerctx.identifiers import check_id
+from langgraph_peerctx.reconstruction.recoverer import SupervisedWorkflow
+from langgraph_peerctx.reconstruction.supervisor import RecoverySupervisor, see_that_it_is_shared
 
 _logger = logging.getLogger(__name__)
 
@@ -28,23 +31,30 @@ class LifespanState(TypedDict):
     peer_context: BackgroundRuntime
 
 
+class Lifespan(TypedDict, total=False):
+    """What `peer_context_lifespan` takes by name."""
+
+    agents: Sequence[str]
+    agent_id: str | None
+    workflow: SupervisedWorkflow | Workflow | None
+    workflows: Mapping[str, SupervisedWorkflow | Workflow]
+    settings: PeerContextSettings | None
+
+
 @overload
 def peer_context_lifespan(
-    app: None = None, *, agents: Sequence[str] = (), settings: PeerContextSettings | None = None
+    app: None = None, **what: Unpack[Lifespan]
 ) -> AbstractAsyncContextManager[BackgroundRuntime]: ...
 
 
 @overload
 def peer_context_lifespan(
-    app: object, *, agents: Sequence[str] = (), settings: PeerContextSettings | None = None
+    app: object, **what: Unpack[Lifespan]
 ) -> AbstractAsyncContextManager[LifespanState]: ...
 
 
 def peer_context_lifespan(
-    app: object = None,
-    *,
-    agents: Sequence[str] = (),
-    settings: PeerContextSettings | None = None,
+    app: object = None, **what: Unpack[Lifespan]
 ) -> AbstractAsyncContextManager[BackgroundRuntime] | AbstractAsyncContextManager[LifespanState]:
     """Run the process's runtime, and answer for these agents, as long as the block lasts.
 
@@ -52,21 +62,42 @@ def peer_context_lifespan(
     As a Starlette lifespan (`lifespan=peer_context_lifespan`, or `partial(..., agents=[...])`) it
     hands the runtime on as `request.state.peer_context`.
 
+    With workflows it recovers their runs, too, in this process: see `RecoverySupervisor`. Without a
+    control database that agents and recoverers share it says so, and recovers nobody. At its end,
+    what is open here and cancelled is handed over: another process goes on with it at once.
+
     Args:
         app: The application, where it is a lifespan.
         agents: The agents of this process that answer their peers.
+        agent_id: One more of them.
+        workflow: A workflow whose runs are recovered, under its own name.
+        workflows: The same, by the names under which their runs are admitted.
         settings: By default those the runtime runs with, or the environment's.
 
     Raises, when it is entered:
         BrokerUnavailableError: If there is no broker, and mock mode is `never`.
         ConfigurationError: If the broker refuses the credentials, or the runtime runs with other
             settings.
-        StoreError: If an agent's event store cannot be opened.
+        StoreError: If an agent's event store, or the control database, cannot be opened.
         ProtocolError: If an agent's id is illegal.
     """
-    names = [check_id(name, "agents") for name in agents]
-    running = _running(names, settings)
+    one = what.get("agent_id")
+    names = [*what.get("agents", ()), *([] if one is None else [one])]
+    agents = [check_id(name, "agents") for name in names]
+    running = _running(agents, _by_name(what), what.get("settings"))
     return running if app is None else _as_state(running)
+
+
+def _by_name(what: Lifespan) -> dict[str, SupervisedWorkflow]:
+    one = what.get("workflow")
+    found = dict(what.get("workflows", {}))
+    if one is not None:
+        graph = one.workflow if isinstance(one, SupervisedWorkflow) else compiled(one)
+        found[graph.get_name()] = one
+    return {
+        name: w if isinstance(w, SupervisedWorkflow) else SupervisedWorkflow(workflow=w)
+        for name, w in found.items()
+    }
 
 
 @asynccontextmanager
@@ -79,7 +110,9 @@ async def _as_state(
 
 @asynccontextmanager
 async def _running(
-    agents: Sequence[str], settings: PeerContextSettings | None
+    agents: Sequence[str],
+    workflows: Mapping[str, SupervisedWorkflow],
+    settings: PeerContextSettings | None,
 ) -> AsyncIterator[BackgroundRuntime]:
     lease = background.lease(settings)
     async with AsyncExitStack() as stack:
@@ -88,10 +121,30 @@ async def _running(
             runtime = await lease.aruntime()
             await runtime.host(*agents)
             stack.push_async_callback(runtime.unhost, *agents)
+            if workflows:
+                await stack.enter_async_context(_supervising(runtime, workflows))
         except PeerContextError as error:
             _logger.error("peer context did not start: %s", error)  # noqa: TRY400 - it is raised
             raise
         yield runtime
+
+
+@asynccontextmanager
+async def _supervising(
+    runtime: BackgroundRuntime, workflows: Mapping[str, SupervisedWorkflow]
+) -> AsyncIterator[None]:
+    """Recover these workflows' runs meanwhile; from its end on, who is cancelled is handed over."""
+    ownership = await runtime.own()
+    ownership.enter()
+    async with AsyncExitStack() as stack:
+        stack.callback(ownership.leave)
+        try:
+            see_that_it_is_shared(runtime.settings)
+        except ConfigurationError as error:
+            _logger.warning("%s", error)
+        else:
+            await stack.enter_async_context(RecoverySupervisor(workflows))
+        yield
 
 
 class PeerContextHook(BaseCallbackHandler):

@@ -79,6 +79,7 @@ class Ownership:
         self._lost: dict[str, int] = {}
         self._owed: dict[str, Callable[[], object]] = {}
         self._lock = threading.Lock()
+        self._lives = 0
         self.is_leaving: bool = False
 
     @property
@@ -177,6 +178,16 @@ class Ownership:
             await self._leases.in_thread(write)
             if self._owed.get(thread_id) is write:
                 del self._owed[thread_id]
+
+    def enter(self) -> None:
+        """Begin a time at whose end the process leaves; counted."""
+        self._lives += 1
+        self.is_leaving = False
+
+    def leave(self) -> None:
+        """From the end of the last such time on, what is cancelled is handed over."""
+        self._lives -= 1
+        self.is_leaving = self._lives == 0
 
     async def hand_over(self) -> int:
         """Give everything back: whoever can, goes on with it at once. Return how many runs."""

@@ -1,5 +1,6 @@
 """From a dead agent's thread to a workflow that goes on: the recovery graph, run once."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -14,7 +15,7 @@ from langgraph_peerctx.durability.admission import fenced
 from langgraph_peerctx.durability.isolation import in_empty_context
 from langgraph_peerctx.durability.ownership import Ownership
 from langgraph_peerctx.durability.workflow import Workflow, compiled, thread_config
-from langgraph_peerctx.errors import ConfigurationError
+from langgraph_peerctx.errors import ConfigurationError, StoreError
 from langgraph_peerctx.gathering.gatherer import OnAnswer
 from langgraph_peerctx.identifiers import check_id
 from langgraph_peerctx.nodes.on_runtime import Update, Work
@@ -166,6 +167,8 @@ async def _recovered_under_a_lease(
         await ownership.release(agent_id, thread_id)
 
 
+_logger = logging.getLogger(__name__)
+
 _Standing = Literal["unknown", "open", "ended"]
 
 
@@ -173,7 +176,7 @@ async def standing_of(settings: PeerContextSettings, agent_id: str, thread_id: s
     """Tell what the control database knows of a thread; none is made by looking.
 
     Raises:
-        StoreError: If it is there and cannot be read.
+        StoreError: If one was named, and it cannot be read.
     """
 
     def look() -> _Standing:
@@ -186,7 +189,14 @@ async def standing_of(settings: PeerContextSettings, agent_id: str, thread_id: s
                 return "open"
             return "ended" if control.lease_of(agent_id, thread_id) is not None else "unknown"
 
-    return await open_in_thread(look)
+    try:
+        return await open_in_thread(look)
+    except StoreError as error:
+        if settings.control_database_url is not None:
+            raise
+        # By default it is the event store, and that one's fault costs its events only.
+        _logger.warning("whether the run is owned is not known: %s", error)
+        return "unknown"
 
 
 def supervised_as(plan: RecoveryPlan) -> SupervisedWorkflow:
