@@ -31,6 +31,7 @@ class Member:
         at_ms: When the last one came, by the broker's clock.
         has_left: Whether it said so.
         died_at: When a sentinel's word came that it ended without leaving, by our clock.
+        died_ms: The same by the broker's clock.
     """
 
     beat: Heartbeat
@@ -38,6 +39,7 @@ class Member:
     at_ms: int
     has_left: bool = False
     died_at: float | None = None
+    died_ms: int = 0
 
     @property
     def key(self) -> tuple[str, str]:
@@ -135,7 +137,7 @@ class Roster:
         if isinstance(message, Heartbeat):
             self._take_beat(message, record)
         elif isinstance(message, DeathNotice):
-            self._take_notice(message)
+            self._take_notice(message, record)
         else:
             self.counters["rejected.message_type"] += 1
 
@@ -156,7 +158,8 @@ class Roster:
             member = Member(beat=beat, arrivals=arrivals, at_ms=record.timestamp_ms)
             self._members[key] = member
         if member.died_at is not None:
-            if now - member.died_at <= self.interval_seconds:  # its last, on the way when it died
+            later_seconds = (record.timestamp_ms - member.died_ms) / 1_000
+            if later_seconds <= self.interval_seconds:  # its last, on the way when it died
                 self.counters["stale"] += 1
                 return
             self.counters["false_notice"] += 1
@@ -176,11 +179,12 @@ class Roster:
         if leaves and self.on_leave is not None:
             self.on_leave(member)
 
-    def _take_notice(self, notice: DeathNotice) -> None:
+    def _take_notice(self, notice: DeathNotice, record: Record) -> None:
         member = self._members.get((notice.process_id, notice.incarnation))
         if member is None or member.has_left:
             return
         is_news, member.died_at = member.died_at is None, self.clock()
+        member.died_ms = record.timestamp_ms
         if is_news and self.on_notice is not None:
             self.on_notice(member)
 

@@ -182,13 +182,13 @@ class Victims:
         await publish(transport, topic, beat, max_bytes=self._settings.max_message_bytes)
 
 
-def killed(process: "subprocess.Popen[bytes]") -> tuple[float, float]:
+def killed(pid: int) -> tuple[float, float]:
     """Kill a process: when we did, and when the kernel's word came."""
-    with os.fdopen(os.pidfd_open(process.pid), "rb", closefd=True) as watched:
+    with os.fdopen(os.pidfd_open(pid), "rb", closefd=True) as watched:
         poll = select.poll()
         poll.register(watched, select.POLLIN)
         at = time.monotonic()
-        process.send_signal(signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
         poll.poll(10_000)
         return at, time.monotonic()
 
@@ -227,7 +227,7 @@ async def death_to_known(address: str, folder: str, heard: Connection, kills: in
             process = victims.start(name)
             await victims.beat(transport, name)
             await asyncio.sleep(0.1)  # nothing else is under way
-            at, word_at = killed(process)
+            at, word_at = killed(process.pid)
             _, dead_at, dead = expect(heard)
             if name not in dead:
                 raise SystemExit(f"{name} is not held for dead")

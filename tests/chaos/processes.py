@@ -142,6 +142,11 @@ class Orders:
         order: tuple[Any, ...] = self._pipe.recv()
         return order
 
+    async def told(self) -> tuple[Any, ...]:
+        """Wait for an order in a thread, so that nothing is looked after meanwhile."""
+        order: tuple[Any, ...] = await asyncio.to_thread(self._pipe.recv)
+        return order
+
 
 async def agent(orders: Orders, scenario: Scenario, name: str, arm: Any = None) -> None:
     """An agent that runs what it is told, and answers its peers meanwhile."""

@@ -179,6 +179,18 @@ def test_a_beat_that_is_older_than_the_last_is_not_taken(world: World) -> None:
     assert next(m for m in world.roster.members if m.beat.process_id == "a").beat.agents == ("a",)
 
 
+def test_a_notice_that_was_proved_false_before_we_came_accuses_nobody(world: World) -> None:
+    """All of it is read in one moment of ours: only the broker knows what was how much later."""
+    for what in ("beat", "die", "beat", "beat"):
+        world.broker_ms += 1_500
+        if what == "beat":
+            world.beat("a", was_there=True)
+        else:
+            world.die("a")
+    assert world.roster.dead() == ()
+    assert world.roster.counters["false_notice"] == 1
+
+
 def test_a_notice_is_believed_and_a_beat_much_later_proves_it_false(world: World) -> None:
     world.live(5, "a")
     world.die("a")
