@@ -9,13 +9,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 SOURCES := langgraph_peerctx graphs tests
 
 .DEFAULT_GOAL := help
-.PHONY: help demo studio notebooks test lint types format bench clean
+.PHONY: help demo studio notebooks test chaos lint types format bench clean
 
 help:
 	@echo "make demo    agents are killed and frozen, nobody calls a recovery (about 20 s, no Java)"
 	@echo "make studio  the graphs in LangGraph Studio's server, offline, on port 2024"
 	@echo "make notebooks  the notebooks, run, as web pages in build/notebooks (the last needs Java)"
 	@echo "make test    lint, types, layers, and all tests on a real Kafka and PostgreSQL"
+	@echo "make chaos   200 kills, 200 freezes and the outages, on both databases (about 20 min)"
 	@echo "make bench   figures, each beside its yardstick"
 	@echo "make format  format the code;  make clean  remove what was made here"
 
@@ -32,6 +33,9 @@ notebooks: $(VENV)/notebooks
 # Tests wait more than they compute: three at a time, a file in one go.
 test: lint types
 	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --cov --cov-report term:skip-covered
+
+chaos: $(VENV)/dev
+	PEERCTX_CHAOS=200 $(BIN)/python -m pytest tests/chaos --capture no
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check

@@ -175,6 +175,8 @@ async def until_watched(runtime: Any, scenario: Scenario) -> None:
 async def supervisor(orders: Orders, scenario: Scenario) -> None:
     """Recover, and say when each stage was reached."""
     logging.disable(logging.WARNING)
+    settings = settings_for(scenario, "guard")
+    EventStore(settings.database_url).close()
     reached: dict[str, float] = {}
 
     def now(stage: str) -> None:
@@ -202,7 +204,7 @@ async def supervisor(orders: Orders, scenario: Scenario) -> None:
         scenario.checkpointer() as saver,
         RecoverySupervisor(
             {"launch": workflow(saver, in_node)},
-            settings=settings_for(scenario, "guard"),
+            settings=settings,
             on_failure=seen,
             on_recovery=recovered,
             on_step=step,
