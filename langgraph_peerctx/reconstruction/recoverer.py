@@ -35,7 +35,7 @@ from langgraph_peerctx.gathering.gatherer import OnAnswer
 from langgraph_peerctx.nodes.on_runtime import RuntimeSource
 from langgraph_peerctx.nodes.peer_context_subgraph import Limits
 from langgraph_peerctx.owned import unowned
-from langgraph_peerctx.persistence.incidents import Recovery, Settlement
+from langgraph_peerctx.persistence.incidents import Incident, Recovery, Settlement
 from langgraph_peerctx.persistence.runs import LostRun, Run
 from langgraph_peerctx.reconstruction.approval import Thresholds
 from langgraph_peerctx.reconstruction.incident import OnStep, StepRecord, timed
@@ -321,9 +321,7 @@ class Recoverer:
             result=kept(found),
             report=plain(found["incident"]),
             counts=not is_outage,
-            retry_seconds=min(
-                FIRST_RETRY_SECONDS * 2 ** max(0, incident.attempts - 1), LONGEST_RETRY_SECONDS
-            ),
+            retry_seconds=_patience(incident),
         )
         return settlement, found
 
@@ -368,6 +366,12 @@ class _OfThread:
     async def aepoch_of(self, thread_id: str) -> int:
         del thread_id
         return await self._ownership.aepoch_of(self._thread_id)
+
+
+def _patience(incident: Incident) -> float:
+    """Return how long the next attempt waits: longer each time, whether or not it counts."""
+    tries = incident.epoch - incident.lost_epoch
+    return min(FIRST_RETRY_SECONDS * 2.0 ** min(tries - 1, 10), LONGEST_RETRY_SECONDS)
 
 
 async def _context(workflow: Workflow, run: Run, factory: ContextFactory | None) -> Any:
