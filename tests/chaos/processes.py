@@ -14,6 +14,7 @@ from typing import Any
 from chaos.scenario import Scenario, workflow
 
 from langgraph_peerctx.lifecycle import peer_context_lifespan
+from langgraph_peerctx.messaging.sentinel import Sentinel
 from langgraph_peerctx.owned import own_runs
 from langgraph_peerctx.reconstruction.supervisor import RecoverySupervisor
 
@@ -158,6 +159,8 @@ async def agent(orders: Orders, scenario: Scenario, name: str, arm: Any = None) 
         peer_context_lifespan(agents=[name], settings=settings) as runtime,
     ):
         await runtime.own()
+        while scenario.sentinel != "off" and runtime.sentinel_id is None:
+            await asyncio.sleep(0.01)
         app = own_runs(workflow(scenario, saver, f"{os.getpid()}"), agent_id=name)
         orders.say("ready", os.getpid())
         while (order := await orders.next())[0] == "run":
@@ -171,6 +174,13 @@ async def agent(orders: Orders, scenario: Scenario, name: str, arm: Any = None) 
                 orders.say("done", thread_id, final["log"])
             except Exception as error:  # noqa: BLE001 - each database has its own
                 orders.say("refused", thread_id, type(error).__name__, str(error))
+
+
+async def sentinel(orders: Orders, scenario: Scenario) -> None:
+    """A sentinel of the scenario's own."""
+    async with Sentinel(scenario.settings("sentinel")) as watching:
+        orders.say("ready", watching.sentinel_id)
+        await watching.run()
 
 
 async def supervisor(orders: Orders, scenario: Scenario, name: str, arm: Any = None) -> None:

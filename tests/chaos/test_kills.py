@@ -1,6 +1,7 @@
 """Agents are killed at any instant; all their workflows end as if nobody had disturbed them."""
 
 import asyncio
+from collections import Counter
 
 import pytest
 from chaos.world import World, world
@@ -10,25 +11,36 @@ pytestmark = [pytest.mark.kafka, pytest.mark.timeout(1_800)]
 AGENTS = ("alpha", "beta", "gamma", "delta")
 
 
-async def kill_on(world: World, name: str, times: int) -> None:
+async def kill_on(world: World, name: str, numbers: range) -> None:
     """Kill one agent again and again, at random points of its launches."""
-    for number in range(times):
+    for number in numbers:
         thread_id = f"{name}-{number}"
         child = world.run(name, thread_id)
-        await asyncio.sleep(world.random.uniform(0, 0.35))
+        await world.begun(thread_id)
+        await asyncio.sleep(world.random.uniform(0, 0.3))
         child.kill()
         await world.start_agent(name)
-        if not world.was_begun(thread_id):  # it died before it read the order
-            world.threads.remove((name, thread_id))
 
 
 async def test_killed_agents_are_recovered_by_one_of_two_supervisors(
     kafka: KafkaServer, database: str, times: int, seed: int
 ) -> None:
-    async with world(kafka.bootstrap_servers, database, seed=seed) as made:
+    """In the first half of it a sentinel sees them die; then it is killed, too."""
+    each = times // len(AGENTS)
+    async with world(kafka.bootstrap_servers, database, seed=seed, sentinel="connect") as made:
+        sentinel = await made.start_sentinel()
         await asyncio.gather(*(made.start_supervisor(name) for name in ("guard", "warden")))
         await asyncio.gather(*(made.start_agent(name) for name in AGENTS))
-        await asyncio.gather(*(kill_on(made, name, times // len(AGENTS)) for name in AGENTS))
+        await asyncio.gather(*(kill_on(made, name, range(each // 2)) for name in AGENTS))
+        sentinel.kill()
+        made.forget_the_sentinel()
+        rest = range(each // 2, each)
+        await asyncio.gather(*(kill_on(made, name, rest) for name in AGENTS))
         kinds = await made.check()
-    print(f"{times} kills: {dict(kinds)}")
+        whys = Counter(said[2] for said in made.everything_seen())
+    assert kinds.total() == each * len(AGENTS)
+    print(f"{times} kills: {dict(kinds)}; seen: {dict(whys)}")
     assert kinds["resumed"] + kinds["restarted"] >= times / 2
+    assert whys["died"] >= times / 8
+    assert whys["silent"] >= times / 8
+    assert set(whys) == {"died", "silent"}

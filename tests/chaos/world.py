@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from chaos.processes import Child, agent, supervisor
+from chaos.processes import Child, agent, sentinel, supervisor
 from chaos.scenario import FINAL, Scenario, workflow
 
 from langgraph_peerctx.durability.fenced_checkpointer import FencedCheckpointer
@@ -41,6 +41,12 @@ class World:
             self.retired.append(self.agents[name])
         scenario = replace(self.scenario, **elsewhere)
         child = self.agents[name] = Child(agent, scenario, name, arm)
+        await child.until("ready")
+        return child
+
+    async def start_sentinel(self) -> Child:
+        child = Child(sentinel, self.scenario)
+        self.retired.append(child)
         await child.until("ready")
         return child
 
@@ -85,16 +91,20 @@ class World:
         with ControlDatabase(self.scenario.control_url, timeout_seconds=20) as control:
             return control.newest_run(name, thread_id) is not None
 
+    def forget_the_sentinel(self) -> None:
+        """Let those who start from now on expect none."""
+        self.scenario = replace(self.scenario, sentinel="off")
+
     def seen(self, thread_id: str) -> list[tuple[Any, ...]]:
         """Return what supervisors saw of a thread."""
+        return [said for said in self.everything_seen() if said[1] == thread_id]
+
+    def everything_seen(self) -> list[tuple[Any, ...]]:
+        """Return what supervisors saw."""
         for child in self.supervisors:
             child.hear()
-        return [
-            said
-            for child in self.supervisors
-            for said in child.said
-            if said[0] == "seen" and said[1] == thread_id
-        ]
+        said = [said for child in self.supervisors for said in child.said]
+        return [one for one in said if one[0] == "seen"]
 
     async def check(self) -> Counter[str]:
         """See that every workflow has ended as if nobody had disturbed it, and none twice."""
