@@ -43,6 +43,7 @@ class Scenario:
     interval: float = 0.25
     pause: float = 0.75
     work_seconds: float = 0.05
+    stuck: float = 300.0
     durability: str = "sync"
     name: str = field(default_factory=lambda: uuid4().hex[:12])
     control: str | None = None
@@ -77,6 +78,7 @@ class Scenario:
                 "heartbeat_interval_seconds": self.interval,
                 "heartbeat_pause_seconds": self.pause,
                 "sweep_seconds": 1.0,
+                "stuck_seconds": self.stuck,
                 "sentinel": self.sentinel,
                 "sentinel_directory": self.sentinel_directory,
                 **more,

@@ -97,6 +97,27 @@ async def test_a_regular_expression_that_holds_the_interpreter_costs_nobody_its_
     assert kinds == {"undisturbed": 1}
 
 
+async def test_an_agent_whose_loop_is_stuck_is_replaced_and_refused_when_it_is_back(
+    kafka: KafkaServer, database: str, seed: int
+) -> None:
+    async with world(kafka.bootstrap_servers, database, seed=seed, stuck=1.0) as made:
+        await made.start_supervisor("guard")
+        child = await made.start_agent("alpha", arm=sleep_on_the_loop)
+        made.run("alpha", "t")
+        assert await made.ended("t") == "returned"
+        (_, _, kind, _) = await child.until("refused", "t")
+        kinds = await made.check()
+        whys = {said[2] for said in made.seen("t")}
+    assert kind == "StaleOwnerError"
+    assert kinds == {"resumed": 1}
+    assert whys == {"stuck"}
+
+
+def sleep_on_the_loop() -> None:
+    """Arm a process: one node blocks its loop for longer than it may."""
+    scenario.in_node = lambda name: time.sleep(8) if name == "join" else None
+
+
 HELD_SECONDS = 5.5
 """More than a pause and an interval, less than a lease."""
 
