@@ -5,6 +5,7 @@ from langgraph_peerctx.drawing import Drawing, draw_incident, draw_recovery, dra
 from langgraph_peerctx.durability.fenced_checkpointer import FencedCheckpointer
 from langgraph_peerctx.errors import (
     BrokerUnavailableError,
+    CheckpointerError,
     ConfigurationError,
     InDoubtError,
     PeerContextError,
@@ -68,6 +69,7 @@ __all__ = [
     "AgentFailure",
     "AgentReconstructor",
     "BrokerUnavailableError",
+    "CheckpointerError",
     "ConfigurationError",
     "Conflict",
     "ContextRequestHandler",

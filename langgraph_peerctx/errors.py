@@ -11,6 +11,7 @@ cross a process boundary whole.
     │   │   └── UnknownTopicError     its topic does not exist
     │   └── SendOutcomeUnknownError   gave up waiting: the record may still arrive
     ├── StoreError                    a database refused, or is not there
+    │   ├── CheckpointerError         a fenced checkpointer, or the leases behind it, failed
     │   └── StoreBusyError            it is there, and did not answer in time: try again
     ├── SentinelRunningError          another sentinel serves this host and cluster already
     ├── TooFewResponsesError          fewer peers answered than the caller needs
@@ -89,6 +90,10 @@ class StoreBusyError(StoreError):
 
 class SentinelRunningError(PeerContextError):
     """Another sentinel serves this host and cluster already: there is nothing to do."""
+
+
+class CheckpointerError(StoreError):
+    """What keeps a run's checkpoints, or its leases, failed: the run did not fail by itself."""
 
 
 class TooFewResponsesError(PeerContextError):

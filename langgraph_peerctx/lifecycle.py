@@ -19,6 +19,7 @@ from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.durability.workflow import Workflow, compiled
 from langgraph_peerctx.errors import ConfigurationError, PeerContextError
 from langgraph_peerctx.identifiers import check_id
+from langgraph_peerctx.owned import name_of
 from langgraph_peerctx.reconstruction.recoverer import SupervisedWorkflow
 from langgraph_peerctx.reconstruction.supervisor import RecoverySupervisor, see_that_it_is_shared
 
@@ -93,7 +94,7 @@ def _by_name(what: Lifespan) -> dict[str, SupervisedWorkflow]:
     found = dict(what.get("workflows", {}))
     if one is not None:
         graph = one.workflow if isinstance(one, SupervisedWorkflow) else compiled(one)
-        found[graph.get_name()] = one
+        found[name_of(graph, what.get("agent_id") or graph.get_name())] = one
     return {
         name: w if isinstance(w, SupervisedWorkflow) else SupervisedWorkflow(workflow=w)
         for name, w in found.items()

@@ -13,6 +13,7 @@ from typing import Any
 
 from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import ensure_config, merge_configs
+from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.types import Durability
 
 from langgraph_peerctx import background
@@ -26,7 +27,8 @@ from langgraph_peerctx.durability.admission import (
     packed_config,
     packed_context,
 )
-from langgraph_peerctx.durability.ownership import Held, Ownership
+from langgraph_peerctx.durability.fenced_checkpointer import FencedCheckpointer
+from langgraph_peerctx.durability.ownership import AgentFence, Held, Ownership
 from langgraph_peerctx.durability.workflow import (
     Workflow,
     checkpointer_of,
@@ -34,12 +36,18 @@ from langgraph_peerctx.durability.workflow import (
     safest_durability,
     thread_config,
 )
-from langgraph_peerctx.errors import ConfigurationError, StaleOwnerError, StoreError
+from langgraph_peerctx.errors import (
+    CheckpointerError,
+    ConfigurationError,
+    StaleOwnerError,
+    StoreError,
+)
 from langgraph_peerctx.identifiers import check_id, new_id
 from langgraph_peerctx.persistence.runs import EndKind, NewRun, Run, RunInput
 
 _logger = logging.getLogger(__name__)
 
+_UNNAMED = "LangGraph"
 _INSIDE = "__pregel_read"
 """In the config of whatever LangGraph runs inside a node."""
 
@@ -91,7 +99,8 @@ async def owned(
         workflow: The compiled workflow, with a checkpointer that recoverers can reach.
         agent_id: Whose workflow it is.
         thread_id: The thread.
-        name: Under which supervisors know the workflow; by default its own.
+        name: Under which supervisors know the workflow; by default its own, or, if it was given
+            none, its agent's.
         settings: For the runtime, if it does not run yet; by default from the environment.
 
     Raises:
@@ -129,7 +138,8 @@ def own_runs(
     Args:
         workflow: The compiled workflow, with its checkpointer.
         agent_id: Whose workflow it is.
-        name: Under which supervisors know it; by default its own.
+        name: Under which supervisors know it; by default its own, or, if it was given none, its
+            agent's.
         settings: For the process's runtime, if it does not run yet.
 
     Raises, when it runs:
@@ -142,15 +152,22 @@ def own_runs(
     plain = compiled(workflow)
     if isinstance(plain, _Owning):
         raise ConfigurationError("this workflow's runs are owned already")
-    owning: Workflow = _owning_class(
-        type(plain),
-        _Terms(
-            agent_id=check_id(agent_id, "agent_id"),
-            name=name or plain.get_name(),
-            settings=settings,
-        ),
-    )(**_attributes(plain))
+    terms = _Terms(
+        agent_id=check_id(agent_id, "agent_id"),
+        name=name or name_of(plain, agent_id),
+        settings=settings,
+    )
+    owning: Workflow = _owning_class(type(plain), terms)(**_attributes(plain))
     return owning
+
+
+def name_of(workflow: Workflow, agent_id: str) -> str:
+    """Return under which name a workflow is known: its own, or else its agent's.
+
+    Every graph that was given no name has the same one: that would be anybody's.
+    """
+    own = workflow.get_name()
+    return agent_id if own == _UNNAMED else own
 
 
 def unowned(workflow: Workflow) -> Workflow:
@@ -161,8 +178,7 @@ def unowned(workflow: Workflow) -> Workflow:
     if not isinstance(workflow, _Owning):
         return workflow
     _, kind = type(workflow).__bases__
-    plain: Workflow = kind(**_attributes(workflow))
-    return plain
+    return _plain(kind, workflow)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,8 +198,22 @@ def _attributes(workflow: Workflow) -> dict[str, Any]:
     return {k: v for k, v in workflow.__dict__.items() if k != "__orig_class__"}
 
 
+def _plain(kind: type[Any], workflow: Workflow) -> Workflow:
+    """Return the workflow as it was before its runs were owned, with its own checkpointer."""
+    attributes = _attributes(workflow)
+    saver = attributes["checkpointer"]
+    if isinstance(saver, FencedCheckpointer):
+        attributes["checkpointer"] = saver.bare
+    plain: Workflow = kind(**attributes)
+    return plain
+
+
 def _owning_class(kind: type[Any], terms: _Terms) -> type[Any]:
-    """Return a subclass whose `stream` and `astream`, through which all else goes, are owned."""
+    """Return a subclass whose `stream` and `astream`, through which all else goes, are owned.
+
+    What it reads is behind the fence, too, and so is what `update_state` writes: a thread looks the
+    same to everybody.
+    """
 
     def stream(
         self: Any,
@@ -191,7 +221,7 @@ def _owning_class(kind: type[Any], terms: _Terms) -> type[Any]:
         config: RunnableConfig | None = None,
         **options: Any,
     ) -> Iterator[Any]:
-        plain = kind(**_attributes(self))
+        plain = _plain(kind, self)
         if _is_inside(config):
             yield from plain.stream(input, config, **options)
             return
@@ -204,7 +234,7 @@ def _owning_class(kind: type[Any], terms: _Terms) -> type[Any]:
         config: RunnableConfig | None = None,
         **options: Any,
     ) -> AsyncIterator[Any]:
-        plain = kind(**_attributes(self))
+        plain = _plain(kind, self)
         async with AsyncExitStack() as stack:
             workflow, place, chosen = plain, config, options
             if not _is_inside(config):
@@ -215,8 +245,76 @@ def _owning_class(kind: type[Any], terms: _Terms) -> type[Any]:
             async for chunk in await stack.enter_async_context(aclosing(running)):
                 yield chunk
 
-    methods = {"stream": stream, "astream": astream}
+    def bulk_update_state(self: Any, config: RunnableConfig, supersteps: Any) -> RunnableConfig:
+        plain = _plain(kind, self)
+        lease = background.lease(terms.settings, keep=True)
+        try:
+            ownership = lease.runtime().own_now()
+            held = ownership.take(terms.agent_id, thread_of(config))
+            try:
+                behind = fenced(plain, AgentFence(terms.agent_id, ownership))
+                return behind.bulk_update_state(config, supersteps)
+            finally:
+                ownership.give(held)
+        finally:
+            lease.release()
+
+    async def abulk_update_state(
+        self: Any, config: RunnableConfig, supersteps: Any
+    ) -> RunnableConfig:
+        plain = _plain(kind, self)
+        lease = background.lease(terms.settings, keep=True)
+        try:
+            ownership = await (await lease.aruntime()).own()
+            in_thread, thread_id = ownership.leases.in_thread, thread_of(config)
+            take = partial(ownership.take, terms.agent_id, thread_id)
+            held = await in_thread(take, undo=ownership.drop)
+            try:
+                behind = fenced(plain, AgentFence(terms.agent_id, ownership))
+                return await behind.abulk_update_state(config, supersteps)
+            finally:
+                await in_thread(partial(ownership.give, held))
+        finally:
+            lease.release()
+
+    methods = {
+        "stream": stream,
+        "astream": astream,
+        "bulk_update_state": bulk_update_state,
+        "abulk_update_state": abulk_update_state,
+        "checkpointer": _fenced_checkpointer(AgentFence(terms.agent_id)),
+    }
     return type(kind.__name__, (_Owning, kind), methods)
+
+
+def _fenced_checkpointer(fence: AgentFence) -> property:
+    """Return what keeps a workflow's checkpointer behind a fence, whoever sets it."""
+
+    def get(self: Any) -> Any:
+        return self.__dict__.get("checkpointer")
+
+    def put(self: Any, saver: Any) -> None:
+        if isinstance(saver, BaseCheckpointSaver) and not isinstance(saver, FencedCheckpointer):
+            saver = FencedCheckpointer(saver, fence)
+        self.__dict__["checkpointer"] = saver
+
+    return property(get, put)
+
+
+def thread_of(config: RunnableConfig) -> str:
+    """Return the thread that a config names.
+
+    Raises:
+        ConfigurationError: If it names none, or one that a recovery could not name.
+    """
+    configurable = config.get("configurable") or {}
+    if "thread_id" not in configurable:
+        raise ConfigurationError(
+            "an owned run needs a thread: config={'configurable': {'thread_id': ...}}"
+        )
+    thread_id = str(configurable["thread_id"])
+    thread_config(None, thread_id)
+    return thread_id
 
 
 def _is_inside(config: RunnableConfig | None) -> bool:
@@ -240,24 +338,20 @@ async def _begun(
         newest, head_id = None, None
         if order.continues:
             newest = await ownership.control.anewest_run(terms.agent_id, order.thread_id)
-            head = await order.saver.aget_tuple(order.place) if order.saver else None
+            head = await order.behind(ownership).aget_tuple(order.place) if order.saver else None
             head_id = None if head is None else head.checkpoint["id"]
         run = order.run(newest, head_id)
-        if newest is not None and run.run_id == newest.run_id:
-            held = await ownership.areopen(terms.agent_id, order.thread_id, run.run_id, run.given)
-        else:
-            held = await ownership.aadmit(run)
-        watch = runtime.watch
-        watch.add(order.thread_id, asyncio.get_running_loop(), order.patience(runtime.settings))
+        held = await ownership.aadmit(run, goes_on=newest is not None)
+        runtime.watch.add(held.key, asyncio.get_running_loop(), order.patience(runtime.settings))
         try:
-            yield fenced(plain, ownership), of_admitted_run(order.config, run.run_id), order.options
+            yield order.fenced(ownership), of_admitted_run(order.config, run.run_id), order.options
         except BaseException as error:
             await _ended(ownership, held, run.run_id, *_how(error, ownership))
             raise
         else:
             await _ended(ownership, held, run.run_id, "returned", None)
         finally:
-            watch.remove(order.thread_id)
+            runtime.watch.remove(held.key)
     finally:
         lease.release()
 
@@ -274,15 +368,12 @@ def _begun_now(
         newest, head_id = None, None
         if order.continues:
             newest = ownership.control.newest_run(terms.agent_id, order.thread_id)
-            head = order.saver.get_tuple(order.place) if order.saver else None
+            head = order.behind(ownership).get_tuple(order.place) if order.saver else None
             head_id = None if head is None else head.checkpoint["id"]
         run = order.run(newest, head_id)
-        if newest is not None and run.run_id == newest.run_id:
-            held = ownership.reopen(terms.agent_id, order.thread_id, run.run_id, run.given)
-        else:
-            held = ownership.admit(run)
+        held = ownership.admit(run, goes_on=newest is not None)
         try:
-            yield fenced(plain, ownership), of_admitted_run(order.config, run.run_id), order.options
+            yield order.fenced(ownership), of_admitted_run(order.config, run.run_id), order.options
         except BaseException as error:
             _ended_now(ownership, held, run.run_id, *_how(error, ownership))
             raise
@@ -312,11 +403,7 @@ class _Order:
         self._given = given
         self.config: RunnableConfig = ensure_config(merge_configs(plain.config, config))
         configurable = self.config.get("configurable") or {}
-        if "thread_id" not in configurable:
-            raise ConfigurationError(
-                "an owned run needs a thread: config={'configurable': {'thread_id': ...}}"
-            )
-        self.thread_id = str(configurable["thread_id"])
+        self.thread_id = thread_of(self.config)
         self.options: dict[str, Any] = {**options, "durability": self._durability(options)}
         # A fork from an earlier checkpoint is a run of its own.
         self.continues: bool = is_continuation(given) and "checkpoint_id" not in configurable
@@ -336,10 +423,20 @@ class _Order:
             thread_id=self.thread_id,
             workflow=self._terms.name,
             given=RunInput(value=packed(plain, self._given, name="input"), checkpoint_id=head_id),
-            config=packed_config(plain, self.config),
+            config=packed_config(plain, self.config, self.options),
             context=packed_context(plain, self.options.get("context")),
             durability=self.options["durability"],
         )
+
+    def fenced(self, ownership: Ownership) -> Workflow:
+        """Return the workflow behind the fence of what this process owns."""
+        return fenced(self._plain, AgentFence(self._terms.agent_id, ownership))
+
+    def behind(self, ownership: Ownership) -> BaseCheckpointSaver[Any]:
+        """Return its checkpointer behind the same fence."""
+        saver = checkpointer_of(self.fenced(ownership))
+        assert saver is not None  # noqa: S101 - asked for only where there is one
+        return saver
 
     def patience(self, settings: PeerContextSettings) -> float:
         """Return how long the run's loop may stand still, in seconds."""
@@ -361,7 +458,7 @@ class _Order:
 
 def _how(error: BaseException, ownership: Ownership) -> tuple[EndKind, str | None]:
     """Say how a run ended that did not return."""
-    if isinstance(error, StaleOwnerError | StoreError):
+    if isinstance(error, StaleOwnerError | CheckpointerError):
         # It did not fail by itself: whoever has the thread next, goes on with it.
         return "handed_over", f"{type(error).__name__}: {error}"
     if isinstance(error, Exception):
@@ -373,38 +470,33 @@ async def _ended(
     ownership: Ownership, held: Held, run_id: str, kind: EndKind, error: str | None
 ) -> None:
     """Write the end down, whoever is cancelled meanwhile; the run's own outcome counts more."""
-    ending = asyncio.ensure_future(ownership.aend(held, run_id, kind, error=error))
+    write = partial(_ended_now, ownership, held, run_id, kind, error)
+    ending = asyncio.ensure_future(ownership.leases.in_thread(write))
     try:
-        is_ours = await asyncio.shield(ending)
+        await asyncio.shield(ending)
     except asyncio.CancelledError:
         await asyncio.wait({ending})
         raise
-    except StoreError as fault:
-        end = partial(ownership.control.end, held.lease, run_id, kind, error=error)
-        _owe(ownership, held, end, fault)
-    else:
-        _tell(run_id, kind, is_ours=is_ours)
+    except StoreError as fault:  # it did not get a thread, or takes too long
+        _owe(ownership, held, partial(ownership.end, held, run_id, kind, error=error), fault)
 
 
 def _ended_now(
     ownership: Ownership, held: Held, run_id: str, kind: EndKind, error: str | None
 ) -> None:
-    """See `_ended`."""
+    """Write the end down now, or else as soon as the database answers."""
+    end = partial(ownership.end, held, run_id, kind, error=error)
     try:
-        is_ours = ownership.end(held, run_id, kind, error=error)
+        is_ours = end()
     except StoreError as fault:
-        end = partial(ownership.control.end, held.lease, run_id, kind, error=error)
         _owe(ownership, held, end, fault)
-    else:
-        _tell(run_id, kind, is_ours=is_ours)
+        return
+    if not is_ours and kind != "handed_over":
+        _logger.warning("run %s was taken over meanwhile: its end here counts for nothing", run_id)
 
 
 def _owe(ownership: Ownership, held: Held, end: Callable[[], bool], fault: StoreError) -> None:
     """Have the end written down later; until then its lease runs out."""
     _logger.warning("the end of a run is not written down yet: %s", fault)
-    ownership.owe(held.thread_id, end)
-
-
-def _tell(run_id: str, kind: EndKind, *, is_ours: bool) -> None:
-    if not is_ours and kind != "handed_over":
-        _logger.warning("run %s was taken over meanwhile: its end here counts for nothing", run_id)
+    ownership.drop(held)
+    ownership.owe(*held.key, end)

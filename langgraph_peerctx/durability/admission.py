@@ -17,17 +17,23 @@ KEPT = ("tags", "metadata", "recursion_limit", "run_name")
 """What of a config is kept beside its configurable values: callbacks belong to a process."""
 
 
+STOPS = ("interrupt_before", "interrupt_after")
+"""Where a run is to stop, as it was asked to: a recovery must not run past it."""
+_STOPS = "stops"
+
+
 def is_continuation(given: object) -> bool:
     """Tell whether an input goes on with the thread's last run: an answer, or nothing at all."""
     return given is None or isinstance(given, Command)
 
 
 def fenced(workflow: Workflow, fence: Fence) -> Workflow:
-    """Return the workflow with its checkpointer behind a fence, if it has none yet."""
+    """Return the workflow with its checkpointer behind this fence, instead of any other."""
     saver = checkpointer_of(workflow)
-    if saver is None or isinstance(saver, FencedCheckpointer):
+    if saver is None:
         return workflow
-    return workflow.copy({"checkpointer": FencedCheckpointer(saver, fence)})
+    bare = saver.bare if isinstance(saver, FencedCheckpointer) else saver
+    return workflow.copy({"checkpointer": FencedCheckpointer(bare, fence)})
 
 
 def packed(workflow: Workflow, value: object, *, name: str) -> Packed:
@@ -56,8 +62,16 @@ def unpacked(workflow: Workflow, value: Packed, *, name: str) -> Any:
         raise StoreError(f"the run's {name} cannot be read: {error!r}"[:400]) from error
 
 
-def packed_config(workflow: Workflow, config: RunnableConfig) -> Packed:
-    """Return what of a config can be kept; what cannot, is left out."""
+def packed_config(
+    workflow: Workflow, config: RunnableConfig, options: Mapping[str, Any] | None = None
+) -> Packed:
+    """Return what of a config can be kept; what cannot, is left out.
+
+    Args:
+        workflow: The workflow.
+        config: The run's.
+        options: What else it was run with: where it is to stop is kept, too.
+    """
     kept: dict[str, Any] = {name: config[name] for name in KEPT if name in config}  # type: ignore[literal-required]
     configurable = config.get("configurable") or {}
     kept["configurable"] = {
@@ -70,6 +84,8 @@ def packed_config(workflow: Workflow, config: RunnableConfig) -> Packed:
         for name, value in (config.get("metadata") or {}).items()
         if _can_be_kept(workflow, value)
     }
+    stops = {name: (options or {}).get(name) for name in STOPS}
+    kept[_STOPS] = {name: stop for name, stop in stops.items() if stop}
     return packed(workflow, kept, name="config")
 
 
@@ -82,8 +98,22 @@ def packed_context(workflow: Workflow, context: object) -> Packed | None:
 
 def config_of(workflow: Workflow, run: Run) -> RunnableConfig:
     """Return what was kept of a run's config."""
+    kept = _kept(workflow, run)
+    kept.pop(_STOPS, None)
+    return cast("RunnableConfig", kept)
+
+
+def stopping_as(workflow: Workflow, run: Run) -> Workflow:
+    """Return the workflow with the breakpoints that a run was begun with."""
+    stops = _kept(workflow, run).get(_STOPS)
+    if not isinstance(stops, Mapping) or not stops:
+        return workflow
+    return workflow.copy({f"{name}_nodes": stop for name, stop in stops.items() if name in STOPS})
+
+
+def _kept(workflow: Workflow, run: Run) -> dict[str, Any]:
     found = None if run.config is None else unpacked(workflow, run.config, name="config")
-    return cast("RunnableConfig", found) if isinstance(found, dict) else {}
+    return dict(found) if isinstance(found, Mapping) else {}
 
 
 def context_of(workflow: Workflow, run: Run) -> Any:

@@ -32,6 +32,7 @@ from langgraph.checkpoint.base import (
 
 from langgraph_peerctx.durability.ownership import process_fence
 from langgraph_peerctx.errors import (
+    CheckpointerError,
     ConfigurationError,
     PeerContextError,
     StaleOwnerError,
@@ -87,7 +88,7 @@ class FencedCheckpointer(BaseCheckpointSaver[Any]):
 
     Raises, when it writes:
         StaleOwnerError: If the thread is another owner's by now.
-        StoreError: If the database of the leases, or the saver's, failed.
+        CheckpointerError: If the database of the leases, or the saver's, failed.
     """
 
     def __new__(cls, saver: BaseCheckpointSaver[Any], fence: Fence | None = None) -> Self:
@@ -211,8 +212,8 @@ class FencedCheckpointer(BaseCheckpointSaver[Any]):
             return self._transactions.wait_for(
                 self.aput(config, checkpoint, metadata, new_versions)
             )
-        epoch = self._fence.may_write(_thread(config))
         with _translated(self._saver):
+            epoch = self._fence.may_write(_thread(config))
             return self._saver.put(config, checkpoint, _stamped(metadata, epoch), new_versions)
 
     async def aput(
@@ -239,8 +240,8 @@ class FencedCheckpointer(BaseCheckpointSaver[Any]):
         """Store a task's writes under our epoch; see `BaseCheckpointSaver.put_writes`."""
         if self._transactions is not None:
             return self._transactions.wait_for(self.aput_writes(config, writes, task_id, task_path))
-        epoch = self._fence.may_write(_thread(config))
         with _translated(self._saver):
+            epoch = self._fence.may_write(_thread(config))
             return self._saver.put_writes(config, writes, _marked(task_id, epoch), task_path)
 
     async def aput_writes(
@@ -277,6 +278,8 @@ def _translated(saver: BaseCheckpointSaver[Any]) -> Iterator[None]:
     """Say of a database's failure that it is one: the run did not fail by itself."""
     try:
         yield
+    except StoreError as error:
+        raise CheckpointerError(str(error)) from error
     except (PeerContextError, NotImplementedError, TypeError, ValueError, LookupError):
         raise
     except Exception as error:  # an adapter translates: each saver has its driver's own errors

@@ -4,7 +4,7 @@ import asyncio
 import logging
 
 from langgraph_peerctx.durability.loop_watch import LoopWatch
-from langgraph_peerctx.durability.ownership import Ownership
+from langgraph_peerctx.durability.ownership import Key, Ownership
 from langgraph_peerctx.errors import StoreError
 
 _logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ class LeaseKeeper:
         self._watch = watch
         self._interval = interval_seconds
         self._task: asyncio.Task[None] | None = None
-        self._stuck: frozenset[str] = frozenset()
+        self._stuck: frozenset[Key] = frozenset()
         self._failing = False
 
     def start(self) -> None:
@@ -52,16 +52,15 @@ class LeaseKeeper:
                 _logger.exception("leases are not renewed")
 
     async def _renew(self) -> None:
-        stuck = self._watch.stuck()
-        for thread_id in sorted(stuck - self._stuck):
+        ownership, stuck = self._ownership, self._watch.stuck()
+        for _, thread_id in sorted(stuck - self._stuck):
             _logger.warning("the loop of %r does not turn: its run may be taken over", thread_id)
         self._stuck = stuck
-        await self._ownership.pay()
-        if not self._ownership.held:
-            return
-        lost = await self._ownership.renew(but=stuck)
+        lost = await ownership.renew(but=stuck) if ownership.held else ()
         if self._failing:
             _logger.info("leases are renewed again")
         self._failing = False
         for thread_id in lost:
             _logger.warning("thread %r has another owner by now", thread_id)
+        if ownership.owes:
+            await ownership.leases.in_thread(ownership.pay)

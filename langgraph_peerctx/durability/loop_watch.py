@@ -30,24 +30,26 @@ class LoopWatch:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._watched: dict[str, _Watched] = {}
+        self._watched: dict[tuple[str, str], _Watched] = {}
         self._lock = threading.Lock()
 
-    def add(self, thread_id: str, loop: asyncio.AbstractEventLoop, longest_seconds: float) -> None:
+    def add(
+        self, key: tuple[str, str], loop: asyncio.AbstractEventLoop, longest_seconds: float
+    ) -> None:
         """Watch the loop on which a thread's run is.
 
         Args:
-            thread_id: The thread.
+            key: The agent and the thread.
             loop: The loop.
             longest_seconds: If it does not turn for so long, it is stuck.
         """
         with self._lock:
-            self._watched[thread_id] = _Watched(loop=loop, longest_seconds=longest_seconds)
+            self._watched[key] = _Watched(loop=loop, longest_seconds=longest_seconds)
 
-    def remove(self, thread_id: str) -> None:
+    def remove(self, key: tuple[str, str]) -> None:
         """Watch it no longer."""
         with self._lock:
-            self._watched.pop(thread_id, None)
+            self._watched.pop(key, None)
 
     def ask(self) -> None:
         """Ask every loop that owes no answer."""
@@ -66,13 +68,13 @@ class LoopWatch:
         with self._lock:
             return max((_lag(watched, now) for watched in self._watched.values()), default=0.0)
 
-    def stuck(self) -> frozenset[str]:
-        """Return the threads whose loops have not turned for too long."""
+    def stuck(self) -> frozenset[tuple[str, str]]:
+        """Return the agents and threads whose loops have not turned for too long."""
         now = self._clock()
         with self._lock:
             return frozenset(
-                thread_id
-                for thread_id, watched in self._watched.items()
+                key
+                for key, watched in self._watched.items()
                 if _lag(watched, now) >= watched.longest_seconds
             )
 

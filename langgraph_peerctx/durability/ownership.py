@@ -1,20 +1,24 @@
 """Which threads are this process's, and until when it may believe so."""
 
 import asyncio
+import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from typing import Self
+from functools import partial
+from typing import Self, TypeAlias
 
 from langgraph_peerctx.config import PeerContextSettings
-from langgraph_peerctx.errors import StaleOwnerError
+from langgraph_peerctx.errors import StaleOwnerError, StoreError, ThreadBusyError
 from langgraph_peerctx.identifiers import new_id
 from langgraph_peerctx.persistence.incidents import ControlDatabase
 from langgraph_peerctx.persistence.inspection import has_schema
 from langgraph_peerctx.persistence.leases import Lease, Leases
-from langgraph_peerctx.persistence.runs import EndKind, NewRun, Owner, RunInput
+from langgraph_peerctx.persistence.runs import EndKind, NewRun, Owner
+
+_logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 1.0
 """How often a process that owns nothing looks whether there is a control database by now."""
@@ -45,13 +49,22 @@ class Held:
         return self.lease.thread_id
 
     @property
+    def key(self) -> tuple[str, str]:
+        """Agent and thread."""
+        return self.lease.agent_id, self.lease.thread_id
+
+    @property
     def epoch(self) -> int:
         """Under which we write."""
         return self.lease.epoch
 
 
+Key: TypeAlias = tuple[str, str]
+"""An agent and one of its threads."""
+
+
 class Ownership:
-    """The leases of one process; a `Fence` for its checkpointers. Safe to use from any thread.
+    """The leases of one process. Safe to use from any thread.
 
     Args:
         leases: The control database.
@@ -75,18 +88,22 @@ class Ownership:
             owner_id=owner_id, incarnation=incarnation, ttl_seconds=ttl_seconds
         )
         self._clock = clock
-        self._held: dict[str, Held] = {}
-        self._lost: dict[str, int] = {}
-        self._owed: dict[str, Callable[[], object]] = {}
+        self._held: dict[Key, Held] = {}
+        self._lost: dict[Key, int] = {}
+        self._owed: dict[Key, Callable[[], object]] = {}
         self._lock = threading.Lock()
         self._lives = 0
         self.is_leaving: bool = False
 
     @property
     def held(self) -> tuple[Held, ...]:
-        """What we hold, sorted by thread."""
+        """What we hold, sorted by agent and thread."""
         with self._lock:
-            return tuple(self._held[thread_id] for thread_id in sorted(self._held))
+            return tuple(self._held[key] for key in sorted(self._held))
+
+    def holds(self, agent_id: str, thread_id: str) -> bool:
+        """Tell whether a thread is ours, as far as we know."""
+        return (agent_id, thread_id) in self._held
 
     @property
     def leases(self) -> Leases:
@@ -120,27 +137,46 @@ class Ownership:
         )
         return None if lease is None else self.hold(lease, asked_at)
 
-    def admit(self, run: NewRun) -> Held:
-        """Begin a run; see `Runs.admit`."""
-        asked_at = self._clock()
-        return self.hold(self.control.admit(run, self.owner), asked_at)
+    def admit(self, run: NewRun, *, goes_on: bool = False) -> Held:
+        """Begin a run, or go on with one; see `Runs.admit` and `Runs.reopen`.
 
-    async def aadmit(self, run: NewRun) -> Held:
-        """See `admit`."""
-        asked_at = self._clock()
-        return self.hold(await self.control.aadmit(run, self.owner), asked_at)
+        Raises:
+            ThreadBusyError: If anybody is at work on the thread, or a run of it is open.
+            StoreError: If the database failed; what may have been written is taken back later.
+        """
+        begin = self.control.reopen if goes_on else self.control.admit
+        try:
+            return self._taken(run.agent_id, run.thread_id, lambda: begin(run, self.owner))
+        except StoreError:
+            self._doubt(run)
+            raise
 
-    def reopen(self, agent_id: str, thread_id: str, run_id: str, given: RunInput) -> Held:
-        """Go on with a run; see `Runs.reopen`."""
-        asked_at = self._clock()
-        lease = self.control.reopen(agent_id, thread_id, run_id, given, self.owner)
-        return self.hold(lease, asked_at)
+    async def aadmit(self, run: NewRun, *, goes_on: bool = False) -> Held:
+        """See `admit`; what is written when nobody waits for it any more is taken back."""
 
-    async def areopen(self, agent_id: str, thread_id: str, run_id: str, given: RunInput) -> Held:
-        """See `reopen`."""
-        asked_at = self._clock()
-        lease = await self.control.areopen(agent_id, thread_id, run_id, given, self.owner)
-        return self.hold(lease, asked_at)
+        def undo(held: Held) -> None:
+            self.drop(held)
+            self._doubt(run)
+
+        return await self._leases.in_thread(partial(self.admit, run, goes_on=goes_on), undo=undo)
+
+    def take(self, agent_id: str, thread_id: str) -> Held:
+        """Take a thread to write to it outside of a run; give it back with `give`.
+
+        Raises:
+            ThreadBusyError: If anybody is at work on the thread, or a run of it is open.
+            StoreError: If the database failed.
+        """
+        return self._taken(
+            agent_id, thread_id, lambda: self.control.take(agent_id, thread_id, self.owner)
+        )
+
+    def give(self, held: Held) -> bool:
+        """Give a thread back; tell whether it was still ours."""
+        self.drop(held)
+        return self._leases.release(
+            held.agent_id, held.thread_id, incarnation=self.owner.incarnation
+        )
 
     def end(self, held: Held, run_id: str, kind: EndKind, *, error: str | None = None) -> bool:
         """End a run and give its thread back; see `Runs.end`."""
@@ -155,29 +191,30 @@ class Ownership:
         return await self.control.aend(held.lease, run_id, kind, error=error)
 
     @property
-    def owed(self) -> frozenset[str]:
-        """The threads whose end is not written down yet: they are renewed no more."""
-        return frozenset(self._owed)
+    def owes(self) -> bool:
+        """Whether an end is still to be written down."""
+        return bool(self._owed)
 
-    def owe(self, thread_id: str, write: Callable[[], object]) -> None:
+    def owe(self, agent_id: str, thread_id: str, write: Callable[[], object]) -> None:
         """Write an end down as soon as the database answers; see `pay`.
 
         Args:
-            thread_id: The thread.
+            agent_id: The agent.
+            thread_id: Its thread.
             write: Writes it; blocks.
         """
-        self._owed[thread_id] = write
+        self._owed[agent_id, thread_id] = write
 
-    async def pay(self) -> None:
-        """Write down what is owed.
-
-        Raises:
-            StoreError: If the database still does not answer.
-        """
-        for thread_id, write in list(self._owed.items()):
-            await self._leases.in_thread(write)
-            if self._owed.get(thread_id) is write:
-                del self._owed[thread_id]
+    def pay(self) -> None:
+        """Write down what is owed, as far as the database lets us; blocks."""
+        for key in list(self._owed):
+            try:
+                self._pay(key)
+            except StoreError as error:
+                _logger.info("the end of a run on %r is still owed: %s", key[1], error)
+            except Exception:  # one that cannot be written must not keep the others from it
+                _logger.exception("the end of a run on %r is given up", key[1])
+                self._owed.pop(key, None)
 
     def enter(self) -> None:
         """Begin a time at whose end the process leaves; counted."""
@@ -194,28 +231,27 @@ class Ownership:
         self.is_leaving = True
         with self._lock:
             self._held.clear()
-        await self.pay()
+        await self._leases.in_thread(self.pay)
         return await self.control.ahand_over(self.owner.incarnation)
 
-    async def renew(self, *, but: Collection[str] = ()) -> tuple[str, ...]:
+    async def renew(self, *, but: Collection[Key] = ()) -> tuple[str, ...]:
         """Renew all that we hold, with one statement; return the threads that we have lost.
 
         Args:
-            but: Threads that are not to be renewed.
+            but: What is not to be renewed.
         """
-        asked_at, before = self._clock(), self.held
-        but = self.owed.union(but)
+        asked_at, before = self._clock(), [h for h in self.held if h.key not in but]
         renewed = await self._leases.arenew(
-            self.owner.incarnation, ttl_seconds=self.owner.ttl_seconds, but=tuple(but)
+            self.owner.incarnation,
+            [held.key for held in before],
+            ttl_seconds=self.owner.ttl_seconds,
         )
-        return self._renewed(
-            [held for held in before if held.thread_id not in but], renewed, asked_at
-        )
+        return self._renewed(before, renewed, asked_at)
 
     async def release(self, agent_id: str, thread_id: str) -> bool:
         """Give a thread back; tell whether it was still ours."""
         with self._lock:
-            self._held.pop(thread_id, None)
+            self._held.pop((agent_id, thread_id), None)
         return await self._leases.arelease(agent_id, thread_id, incarnation=self.owner.incarnation)
 
     def hold(self, lease: Lease, asked_at: float | None = None) -> Held:
@@ -228,36 +264,41 @@ class Ownership:
         since = self._clock() if asked_at is None else asked_at
         held = Held(lease=lease, good_until=since + self.owner.ttl_seconds * SAFE_SHARE)
         with self._lock:
-            self._held[lease.thread_id] = held
-            self._lost.pop(lease.thread_id, None)
+            self._held[held.key] = held
+            self._lost.pop(held.key, None)
         return held
 
     def drop(self, held: Held) -> None:
         """Hold a lease no longer; in the database it stays."""
         with self._lock:
-            self._lost.pop(held.thread_id, None)
+            self._lost.pop(held.key, None)
             if self._same(held):
-                del self._held[held.thread_id]
+                del self._held[held.key]
 
-    def may_write(self, thread_id: str) -> int | None:
+    # What a fence asks; without an agent it is whose thread we hold.
+
+    def may_write(self, thread_id: str, agent_id: str | None = None) -> int | None:
         """See `Fence.may_write`."""
-        held, asked_at = self._held.get(thread_id), self._clock()
+        held, asked_at = self._held_of(thread_id, agent_id), self._clock()
         if held is not None and asked_at >= held.good_until:
             before = self.held
             renewed = self._leases.renew(
-                self.owner.incarnation, ttl_seconds=self.owner.ttl_seconds, but=tuple(self.owed)
+                self.owner.incarnation,
+                [held.key for held in before],
+                ttl_seconds=self.owner.ttl_seconds,
             )
             self._renewed(before, renewed, asked_at)
-        return self.judge(thread_id, held, self._leases.leases_of_thread(thread_id))
+        return self.judge(thread_id, held, self._leases.leases_of_thread(thread_id), agent_id)
 
-    async def amay_write(self, thread_id: str) -> int | None:
+    async def amay_write(self, thread_id: str, agent_id: str | None = None) -> int | None:
         """See `Fence.amay_write`."""
-        held = await self.aheld(thread_id)
-        return self.judge(thread_id, held, await self._leases.aleases_of_thread(thread_id))
+        held = await self.aheld(thread_id, agent_id)
+        found = await self._leases.aleases_of_thread(thread_id)
+        return self.judge(thread_id, held, found, agent_id)
 
-    async def aheld(self, thread_id: str) -> Held | None:
+    async def aheld(self, thread_id: str, agent_id: str | None = None) -> Held | None:
         """Return what we hold of a thread, and renew it first if it has become old."""
-        held = self._held.get(thread_id)
+        held = self._held_of(thread_id, agent_id)
         if held is not None and self._clock() >= held.good_until:
             await self.renew()
         return held
@@ -266,15 +307,21 @@ class Ownership:
         """Return this one: a fence that others stand on, too."""
         return self
 
-    def epoch_of(self, thread_id: str) -> int:
+    def epoch_of(self, thread_id: str, agent_id: str | None = None) -> int:
         """See `Fence.epoch_of`."""
-        return _highest(self._leases.leases_of_thread(thread_id))
+        return _highest(self._leases.leases_of_thread(thread_id), agent_id)
 
-    async def aepoch_of(self, thread_id: str) -> int:
+    async def aepoch_of(self, thread_id: str, agent_id: str | None = None) -> int:
         """See `Fence.aepoch_of`."""
-        return _highest(await self._leases.aleases_of_thread(thread_id))
+        return _highest(await self._leases.aleases_of_thread(thread_id), agent_id)
 
-    def judge(self, thread_id: str, held: Held | None, found: Iterable[Lease]) -> int | None:
+    def judge(
+        self,
+        thread_id: str,
+        held: Held | None,
+        found: Iterable[Lease],
+        agent_id: str | None = None,
+    ) -> int | None:
         """Compare what we hold with what the database says now.
 
         Returns:
@@ -283,7 +330,7 @@ class Ownership:
         Raises:
             StaleOwnerError: If the thread is not ours.
         """
-        leases = list(found)
+        leases = [lease for lease in found if agent_id in (None, lease.agent_id)]
         if held is None and not leases:
             return None
         if held is not None:
@@ -294,37 +341,139 @@ class Ownership:
                     and lease.owner_incarnation == self.owner.incarnation
                 ):
                     return held.epoch
-        epoch = self._lost.get(thread_id) if held is None else held.epoch
+        lost = (e for key, e in list(self._lost.items()) if _is_of(key, thread_id, agent_id))
+        epoch = next(lost, None) if held is None else held.epoch
         why = ": claim it first" if epoch is None else f" any more: we held epoch {epoch}"
         raise StaleOwnerError(f"thread {thread_id!r:.80} is not ours{why}")
+
+    def _taken(self, agent_id: str, thread_id: str, take: Callable[[], Lease]) -> Held:
+        """Take a thread that nobody in here has, when what is owed of it is paid."""
+        key = agent_id, thread_id
+        if key in self._held:
+            raise ThreadBusyError(
+                f"thread {thread_id!r:.80} of {agent_id} is at work in this process: wait until "
+                "its run has ended"
+            )
+        self._pay(key)
+        asked_at = self._clock()
+        return self.hold(take(), asked_at)
+
+    def _pay(self, key: Key) -> None:
+        write = self._owed.get(key)
+        if write is None:
+            return
+        write()
+        if self._owed.get(key) is write:
+            del self._owed[key]
+
+    def _doubt(self, run: NewRun) -> None:
+        """Take an admission back later: nobody knows whether it was written, nobody acts on it."""
+        take_back = partial(
+            self.control.withdraw,
+            run.agent_id,
+            run.thread_id,
+            run.run_id,
+            self.owner.incarnation,
+        )
+        self.owe(run.agent_id, run.thread_id, take_back)
+
+    def _held_of(self, thread_id: str, agent_id: str | None) -> Held | None:
+        if agent_id is not None:
+            return self._held.get((agent_id, thread_id))
+        with self._lock:
+            return next((held for held in self._held.values() if held.thread_id == thread_id), None)
 
     def _renewed(
         self, before: Iterable[Held], renewed: Iterable[Lease], asked_at: float
     ) -> tuple[str, ...]:
         """Take note of what was renewed, and return the threads that were not."""
-        by_thread = {lease.thread_id: lease for lease in renewed}
+        by_key = {(lease.agent_id, lease.thread_id): lease for lease in renewed}
         good_until = asked_at + self.owner.ttl_seconds * SAFE_SHARE
         lost = []
         with self._lock:
             for held in before:
                 if not self._same(held):
                     continue  # ended, or begun anew, while the database was asked
-                lease = by_thread.get(held.thread_id)
+                lease = by_key.get(held.key)
                 if lease is not None and lease.epoch == held.epoch:
-                    self._held[held.thread_id] = Held(lease=lease, good_until=good_until)
+                    self._held[held.key] = Held(lease=lease, good_until=good_until)
                 else:
                     lost.append(held.thread_id)
-                    del self._held[held.thread_id]
-                    self._lost[held.thread_id] = held.epoch
+                    del self._held[held.key]
+                    self._lost[held.key] = held.epoch
         return tuple(sorted(lost))
 
     def _same(self, held: Held) -> bool:
-        now = self._held.get(held.thread_id)
-        return now is not None and now.epoch == held.epoch and now.agent_id == held.agent_id
+        now = self._held.get(held.key)
+        return now is not None and now.epoch == held.epoch
 
 
-def _highest(found: list[Lease]) -> int:
-    return max((lease.epoch for lease in found), default=0)
+def _is_of(key: Key, thread_id: str, agent_id: str | None) -> bool:
+    return key[1] == thread_id and agent_id in (None, key[0])
+
+
+def _highest(found: list[Lease], agent_id: str | None) -> int:
+    ours = (lease.epoch for lease in found if agent_id in (None, lease.agent_id))
+    return max(ours, default=0)
+
+
+class AgentFence:
+    """A fence for one agent's threads: another agent's, of the same name, are not its business.
+
+    Args:
+        agent_id: The agent.
+        ownership: Says what is ours; by default whatever this process owns.
+    """
+
+    def __init__(self, agent_id: str, ownership: Ownership | None = None) -> None:
+        self._agent_id = agent_id
+        self._ownership = ownership
+
+    def may_write(self, thread_id: str) -> int | None:
+        """See `Fence.may_write`."""
+        owns = self._ownership or process_fence.ownership()
+        return None if owns is None else owns.may_write(thread_id, self._agent_id)
+
+    async def amay_write(self, thread_id: str) -> int | None:
+        """See `Fence.amay_write`."""
+        owns = self._ownership or await process_fence.aownership()
+        return None if owns is None else await owns.amay_write(thread_id, self._agent_id)
+
+    def epoch_of(self, thread_id: str) -> int:
+        """See `Fence.epoch_of`."""
+        owns = self._ownership or process_fence.ownership()
+        return 0 if owns is None else owns.epoch_of(thread_id, self._agent_id)
+
+    async def aepoch_of(self, thread_id: str) -> int:
+        """See `Fence.aepoch_of`."""
+        owns = self._ownership or await process_fence.aownership()
+        return 0 if owns is None else await owns.aepoch_of(thread_id, self._agent_id)
+
+    async def aownership(self) -> "OfAgent | None":
+        """Return what a write and its lease can share a transaction through; see there."""
+        owns = self._ownership or await process_fence.aownership()
+        return None if owns is None else OfAgent(owns, self._agent_id)
+
+
+class OfAgent:
+    """An ownership as one agent sees it."""
+
+    def __init__(self, ownership: Ownership, agent_id: str) -> None:
+        self._ownership = ownership
+        self._agent_id = agent_id
+
+    @property
+    def leases(self) -> Leases:
+        """Where the leases are."""
+        return self._ownership.leases
+
+    async def aheld(self, thread_id: str) -> Held | None:
+        """See `Ownership.aheld`."""
+        return await self._ownership.aheld(thread_id, self._agent_id)
+
+    def judge(self, thread_id: str, held: Held | None, found: Iterable[Lease]) -> int | None:
+        """See `Ownership.judge`."""
+        return self._ownership.judge(thread_id, held, found, self._agent_id)
 
 
 class ProcessFence:
@@ -335,48 +484,49 @@ class ProcessFence:
     """
 
     def __init__(self) -> None:
-        self._ownership: Ownership | None = None
+        self._owners: tuple[Ownership, ...] = ()
         self._outside: Ownership | None = None
         self._pid = 0
         self._looked_at = 0.0
         self._lock = threading.Lock()
 
     def enter(self, ownership: Ownership) -> None:
-        """Let this be the one that says what is ours."""
-        self._ownership = ownership
+        """Let this be the one that says what is ours, until it leaves, or another one enters."""
+        self._owners = (*self._owners, ownership)
 
     def leave(self, ownership: Ownership) -> None:
         """Take it back."""
-        if self._ownership is ownership:
-            self._ownership = None
+        self._owners = tuple(owner for owner in self._owners if owner is not ownership)
 
     def may_write(self, thread_id: str) -> int | None:
         """See `Fence.may_write`."""
-        fence = self._fence()
-        return None if fence is None else fence.may_write(thread_id)
+        owns = self.ownership(thread_id)
+        return None if owns is None else owns.may_write(thread_id)
 
     async def amay_write(self, thread_id: str) -> int | None:
         """See `Fence.amay_write`."""
-        fence = await self.aownership()
-        return None if fence is None else await fence.amay_write(thread_id)
+        owns = await self.aownership(thread_id)
+        return None if owns is None else await owns.amay_write(thread_id)
 
     def epoch_of(self, thread_id: str) -> int:
         """See `Fence.epoch_of`."""
-        fence = self._fence()
-        return 0 if fence is None else fence.epoch_of(thread_id)
+        owns = self.ownership(thread_id)
+        return 0 if owns is None else owns.epoch_of(thread_id)
 
     async def aepoch_of(self, thread_id: str) -> int:
         """See `Fence.aepoch_of`."""
-        fence = await self.aownership()
-        return 0 if fence is None else await fence.aepoch_of(thread_id)
+        owns = await self.aownership(thread_id)
+        return 0 if owns is None else await owns.aepoch_of(thread_id)
 
-    async def aownership(self) -> Ownership | None:
+    async def aownership(self, thread_id: str | None = None) -> Ownership | None:
         """Return what says what is ours at the moment; None where no database does."""
-        return self._ownership or await asyncio.to_thread(self._fence)
+        return self._inside(thread_id) or await asyncio.to_thread(self.ownership)
 
-    def _fence(self) -> Ownership | None:
-        if self._ownership is not None:
-            return self._ownership
+    def ownership(self, thread_id: str | None = None) -> Ownership | None:
+        """See `aownership`; may look for a database."""
+        inside = self._inside(thread_id)
+        if inside is not None:
+            return inside
         with self._lock:
             if self._pid != os.getpid():
                 self._pid, self._outside, self._looked_at = os.getpid(), None, 0.0
@@ -384,6 +534,12 @@ class ProcessFence:
                 self._looked_at = time.monotonic()
                 self._outside = _without_runtime()
             return self._outside
+
+    def _inside(self, thread_id: str | None) -> Ownership | None:
+        """Return the runtime's that holds the thread, or the one that came last."""
+        owners = self._owners
+        holding = (o for o in owners if any(held.thread_id == thread_id for held in o.held))
+        return next(holding, owners[-1] if owners else None)
 
 
 def _without_runtime() -> Ownership | None:

@@ -24,7 +24,7 @@ from psycopg.pq import TransactionStatus
 from psycopg.rows import DictRow, dict_row
 from psycopg_pool import AsyncConnectionPool
 
-from langgraph_peerctx.durability.ownership import Ownership
+from langgraph_peerctx.durability.ownership import Held
 from langgraph_peerctx.errors import StoreBusyError, StoreError
 from langgraph_peerctx.persistence.leases import Lease, Leases
 from langgraph_peerctx.protocol.json_values import plain_text
@@ -85,10 +85,27 @@ class Connection(AsyncConnection[DictRow]):
             await self.execute("")
 
 
-class OwnedFence(Protocol):
-    """A fence that stands on an `Ownership`."""
+class Owning(Protocol):
+    """Says what is ours: an `Ownership`, or one as an agent sees it."""
 
-    async def aownership(self) -> Ownership | None:
+    @property
+    def leases(self) -> Leases:
+        """Where the leases are."""
+        ...
+
+    async def aheld(self, thread_id: str) -> Held | None:
+        """Return what we hold of a thread, and renew it first if it has become old."""
+        ...
+
+    def judge(self, thread_id: str, held: Held | None, found: list[Lease]) -> int | None:
+        """Return the epoch to write under."""
+        ...
+
+
+class OwnedFence(Protocol):
+    """A fence that stands on what is owned."""
+
+    async def aownership(self) -> Owning | None:
         """Return it; None if there is none at the moment."""
         ...
 
@@ -109,7 +126,7 @@ class SharedTransactions:
         self._fence = fence
         self._open: _Connections | None = None
 
-    async def ownership(self, saver: AsyncPostgresSaver) -> Ownership | None:
+    async def ownership(self, saver: AsyncPostgresSaver) -> Owning | None:
         """Return who judges; None if saver and leases are not known to share a database."""
         if asyncio.get_running_loop() is not self._loop:
             return None
@@ -121,7 +138,7 @@ class SharedTransactions:
         return ownership if await self._open.are_shared_with(saver) else None
 
     async def write(
-        self, saver: AsyncPostgresSaver, ownership: Ownership, thread_id: str, write: Write[T]
+        self, saver: AsyncPostgresSaver, ownership: Owning, thread_id: str, write: Write[T]
     ) -> T:
         """Lock the lease, judge it, write and commit; once more if the connection was lost.
 

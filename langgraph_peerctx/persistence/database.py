@@ -1,12 +1,13 @@
 """An open database of ours: its connections, its threads, and how work on it fails."""
 
 import asyncio
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from functools import partial
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from sqlalchemy import Connection, Row, Select, Table, select
 from sqlalchemy.dialects import postgresql, sqlite
@@ -101,23 +102,35 @@ class Database:
     ) -> None:
         self.close()
 
-    async def in_thread(self, work: Callable[[], T]) -> T:
+    async def in_thread(
+        self, work: Callable[[], T], *, undo: Callable[[T], object] | None = None
+    ) -> T:
         """Do blocking work with this store in one of its threads, and wait for it with a deadline.
+
+        Args:
+            work: What is to be done.
+            undo: Is given what came of it if nobody waits for it any more: the caller was
+                cancelled, or the time was over. It runs in any thread and must not block.
 
         Raises:
             StoreBusyError: If it takes a second longer than the timeout; its outcome is unknown.
             StoreError: If the store was closed.
         """
         self._opened.check()  # in a forked child there are no threads to do it
-        call = partial(copy_context().run, work)
+        baton = _Baton(work, undo)
+        call = partial(copy_context().run, baton.run)
         # A database waits out its own timeout first, and says better what it waited for.
         try:
             async with asyncio.timeout(self._timeout_seconds + 1):
                 return await asyncio.get_running_loop().run_in_executor(self._threads, call)
         except TimeoutError:
+            baton.leave()
             raise StoreBusyError(
                 f"{self.name} did not answer within {self._timeout_seconds + 1:g} s: try again"
             ) from None
+        except BaseException:
+            baton.leave()
+            raise
 
     async def aping(self) -> None:
         """See `ping`."""
@@ -128,20 +141,58 @@ class Database:
         asked = {k: plain_text(v) if isinstance(v, str) else v for k, v in parameters.items()}
         return self._work(lambda connection: connection.execute(statement, asked).all())
 
-    def _work(self, work: Callable[[Connection], T], *, transaction: bool = False) -> T:
-        """Do idempotent work, once more if the connection was lost under it."""
+    def _work(
+        self, work: Callable[[Connection], T], *, transaction: bool = False, again: bool = True
+    ) -> T:
+        """Do work; if it is idempotent (`again`), once more if the connection was lost under it."""
         self._opened.check()
         with translated(self._engine):
             try:
                 return self._attempt(work, transaction=transaction)
             except DBAPIError as error:
-                if not error.connection_invalidated or is_busy(error):
+                if not again or not error.connection_invalidated or is_busy(error):
                     raise
             return self._attempt(work, transaction=transaction)
 
     def _attempt(self, work: Callable[[Connection], T], *, transaction: bool) -> T:
         with writing(self._engine) if transaction else self._engine.connect() as connection:
             return work(connection)
+
+
+class _Baton(Generic[T]):
+    """Hands what came of work from its thread to who waits for it, or undoes it."""
+
+    def __init__(self, work: Callable[[], T], undo: Callable[[T], object] | None) -> None:
+        self._work = work
+        self._undo = undo
+        self._lock = threading.Lock()
+        self._is_alone = False
+        self._results: list[T] = []
+
+    def run(self) -> T:
+        """Do the work; in its thread."""
+        result = self._work()
+        with self._lock:
+            self._results.append(result)
+            is_alone = self._is_alone
+        if is_alone:
+            self._undo_all()
+        return result
+
+    def leave(self) -> None:
+        """Wait no longer."""
+        with self._lock:
+            self._is_alone = True
+        self._undo_all()
+
+    def _undo_all(self) -> None:
+        while True:
+            with self._lock:
+                if not self._results:
+                    return
+                result = self._results.pop()
+            if self._undo is not None:
+                self._undo(result)
 
 
 async def open_in_thread(open_: Callable[..., T], *arguments: Any, **options: Any) -> T:

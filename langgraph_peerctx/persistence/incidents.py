@@ -4,13 +4,13 @@ A recovery begins and ends in one transaction each, together with the lease and 
 number of recoverers one begins, and one that was superseded ends nothing.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from typing import Any, Literal, cast
 
-from pydantic_core import from_json
 from sqlalchemy import Connection, Row, select, update
 from sqlalchemy.sql.elements import ColumnElement
 
@@ -112,7 +112,13 @@ class ControlDatabase(Runs):
     """
 
     def begin_recovery(
-        self, lost: LostRun, owner: Owner, *, died: bool = False, max_attempts: int
+        self,
+        lost: LostRun,
+        owner: Owner,
+        *,
+        died: bool = False,
+        holds: bool = False,
+        max_attempts: int,
     ) -> Recovery | None:
         """Take a lost run over, in one transaction: of any number at once, one succeeds.
 
@@ -120,6 +126,7 @@ class ControlDatabase(Runs):
             lost: The run, as it was found.
             owner: The recoverer.
             died: Whether its owner is known to be dead: then its unexpired lease may be taken.
+            holds: Whether the recoverer itself is at work on the thread.
             max_attempts: After so many the incident is a dead letter.
 
         Returns:
@@ -131,7 +138,9 @@ class ControlDatabase(Runs):
             if incident is not None and not self._is_due(connection, incident):
                 return None
             run = self._run(connection, runs.c.run_id == lost.run_id)
-            if run is None or not run.is_open or not self._is_still_lost(connection, lost, owner):
+            if run is None or not run.is_open or holds:
+                return None
+            if not self._is_still_lost(connection, lost, owner):
                 return None
             lease = self._claim(
                 connection,
@@ -179,7 +188,13 @@ class ControlDatabase(Runs):
         def work(connection: Connection) -> bool:
             incident = recovery.incident
             if not self._give_back(connection, recovery.lease):
-                return False
+                # The answer to an earlier try may have been lost.
+                now = self._incident(connection, incidents.c.incident_id == incident.incident_id)
+                return now is not None and (now.status, now.epoch, now.recoverer_id) == (
+                    how.status,
+                    incident.epoch,
+                    incident.recoverer_id,
+                )
             self._end(connection, recovery.run.run_id, how.end_kind, how.error)
             wait = int(how.retry_seconds * _MICROSECONDS)
             self._update(
@@ -187,7 +202,8 @@ class ControlDatabase(Runs):
                 incident.incident_id,
                 status=how.status,
                 attempts=incident.attempts - (0 if how.counts else 1),
-                answer=None,
+                # It may not have been used yet.
+                answer=_json(incident.answer) if how.status == "open" else None,
                 question=_json(how.question),
                 result=_json(how.result),
                 report=_json(how.report),
@@ -197,13 +213,19 @@ class ControlDatabase(Runs):
 
         return self._work(work, transaction=True)
 
-    def note(self, lost: LostRun, result: Mapping[str, Any]) -> None:
-        """Open an incident that nobody here can recover, so that people see it, and why."""
+    def note(self, lost: LostRun, result: Mapping[str, Any], *, again_seconds: float) -> None:
+        """Open an incident that nobody here can recover, so that people see it, and why.
+
+        For so many seconds it is nobody's, so that it does not stand in the way of others.
+        """
 
         def work(connection: Connection) -> None:
             found = self._unfinished(connection, lost) or self._open(connection, lost)
             if found.status == "open":
-                self._update(connection, found.incident_id, result=_json(result))
+                again = self._now + int(again_seconds * _MICROSECONDS)
+                self._update(
+                    connection, found.incident_id, result=_json(result), next_attempt_at=again
+                )
 
         self._work(work, transaction=True)
 
@@ -216,12 +238,13 @@ class ControlDatabase(Runs):
 
         Raises:
             ConfigurationError: If there is no such incident, or it asks nothing.
+            ProtocolError: If the answer is no plain JSON.
         """
         return self._moved_on(
             incident_id,
             {"waiting_for_human"},
             "is not waiting for an answer",
-            answer=_json({"value": answer}),
+            answer=json_text({"value": answer}, name="answer"),
         )
 
     def redrive(self, incident_id: str) -> Incident:
@@ -258,14 +281,6 @@ class ControlDatabase(Runs):
         asked = () if status is None else (incidents.c.status == status,)
         return self._incidents(*asked, limit=limit)
 
-    async def abegin_recovery(
-        self, lost: LostRun, owner: Owner, *, died: bool = False, max_attempts: int
-    ) -> Recovery | None:
-        """See `begin_recovery`."""
-        return await self.in_thread(
-            partial(self.begin_recovery, lost, owner, died=died, max_attempts=max_attempts)
-        )
-
     async def asettle(self, recovery: Recovery, how: Settlement) -> bool:
         """See `settle`."""
         return await self.in_thread(partial(self.settle, recovery, how))
@@ -287,12 +302,16 @@ class ControlDatabase(Runs):
                 f"incident {found.incident_id} {otherwise}: it is {found.status}"
             )
 
-        def work(connection: Connection) -> None:
-            self._update(
-                connection, found.incident_id, status="open", next_attempt_at=self._now, **values
+        def work(connection: Connection) -> int:
+            moving = (
+                update(incidents)
+                .where(incidents.c.incident_id == found.incident_id, incidents.c.status.in_(from_))
+                .values(status="open", next_attempt_at=self._now, updated_at=self._now, **values)
             )
+            return connection.execute(moving).rowcount
 
-        self._work(work, transaction=True)
+        if not self._work(work, transaction=True, again=False):
+            raise ConfigurationError(f"incident {found.incident_id} {otherwise} any more")
         moved = self.incident(found.incident_id)
         assert moved is not None  # noqa: S101 - incidents are never deleted
         return moved
@@ -331,17 +350,26 @@ class ControlDatabase(Runs):
         )
 
     def _is_still_lost(self, connection: Connection, lost: LostRun, owner: Owner) -> bool:
-        """Tell whether the lease stands as it was found, and lock it; our own is not lost."""
+        """Tell whether the lease stands as it was found, and lock it.
+
+        One of our own, of which we do not know, was claimed by somebody who never heard of it.
+        """
         found = connection.execute(
-            select(leases.c.epoch, leases.c.owner_incarnation)
+            select(leases.c.epoch, leases.c.owner_incarnation, leases.c.expires_at < self._now)
             .where(leases.c.agent_id == lost.agent_id, leases.c.thread_id == lost.thread_id)
             .with_for_update()  # on SQLite the transaction itself is the lock
         ).first()
-        return (
-            found is not None
-            and found.epoch == lost.epoch
-            and found.owner_incarnation != owner.incarnation
-        )
+        if found is None or found[0] != lost.epoch:
+            return False
+        if found[1] == owner.incarnation:
+            if not found[2]:
+                return False
+            connection.execute(
+                update(leases)
+                .where(leases.c.agent_id == lost.agent_id, leases.c.thread_id == lost.thread_id)
+                .values(owner_id=None, owner_incarnation=None)
+            )
+        return True
 
     def _is_due(self, connection: Connection, incident: Incident) -> bool:
         if incident.status == "recovering":
@@ -374,7 +402,7 @@ class ControlDatabase(Runs):
 def _read(row: Row[Any]) -> Incident:
     values = dict(row._mapping)  # noqa: SLF001 - SQLAlchemy's public name for it
     for name in _JSON:
-        values[name] = None if values[name] is None else from_json(values[name])
+        values[name] = None if values[name] is None else json.loads(values[name])
     for name in ("opened_at", "updated_at", "next_attempt_at"):
         values[name] = None if values[name] is None else moment_at(values[name])
     values["status"] = cast("IncidentStatus", values["status"])
@@ -382,4 +410,10 @@ def _read(row: Row[Any]) -> Incident:
 
 
 def _json(value: Mapping[str, Any] | None) -> str | None:
-    return None if value is None else json_text(value, name="incident")
+    """Return JSON for people: whatever a workflow's state holds, it can be written down."""
+    if value is None:
+        return None
+    try:
+        return json.dumps(value, default=repr)
+    except (ValueError, RecursionError):
+        return json.dumps({"cut": "it could not be written as JSON"})

@@ -4,7 +4,7 @@ Expiry is judged by the database's clock alone. Rows are never deleted: an epoch
 would let a superseded owner write.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,6 +31,8 @@ from langgraph_peerctx.protocol.json_values import plain_text
 
 LONGEST_SECONDS = 86_400
 _MICROSECONDS = 1_000_000
+_NAMES_IN_A_STATEMENT = 10_000
+"""SQLite takes 32,766 parameters in one."""
 _CLOCKS = {
     # The time of the statement, not of its transaction.
     "sqlite": "CAST((julianday('now') - 2440587.5) * 86400000000 AS INTEGER)",
@@ -118,28 +120,34 @@ class Leases(Database):
         return self._work(claimed)
 
     def renew(
-        self, incarnation: str, *, ttl_seconds: float, but: Sequence[str] = ()
+        self, incarnation: str, threads: Collection[tuple[str, str]], *, ttl_seconds: float
     ) -> list[Lease]:
-        """Renew all that one life of a process still owns, with one statement.
+        """Renew what one life of a process holds, with one statement.
 
-        What it owned and is not in the result, has another owner by now.
+        What is asked for and not in the result, has another owner by now. Nothing is renewed that
+        is not asked for: a claim whose answer never came must run out.
 
         Args:
             incarnation: Whose leases.
+            threads: Agent and thread of each.
             ttl_seconds: Until they expire, unless they are renewed again.
-            but: Threads that are not to be renewed.
         """
-        expires_at = self._now + bindparam("ttl", type_=BigInteger)
+        wanted = {*threads}
+        asked = {"owner": incarnation, "ttl": int(ttl_seconds * _MICROSECONDS)}
+        names = sorted({plain_text(thread_id) for _, thread_id in wanted})
+        renewed: list[Lease] = []
+        for start in range(0, len(names), _NAMES_IN_A_STATEMENT):
+            some = names[start : start + _NAMES_IN_A_STATEMENT]
+            renewed += self._renewed(some, asked)
+        return [lease for lease in renewed if (lease.agent_id, lease.thread_id) in wanted]
+
+    def _renewed(self, names: Sequence[str], asked: dict[str, Any]) -> list[Lease]:
         statement = (
             update(leases)
-            .where(
-                leases.c.owner_incarnation == bindparam("owner"),
-                leases.c.thread_id.not_in([plain_text(thread_id) for thread_id in but]),
-            )
-            .values(expires_at=expires_at)
+            .where(leases.c.owner_incarnation == bindparam("owner"), leases.c.thread_id.in_(names))
+            .values(expires_at=self._now + bindparam("ttl", type_=BigInteger))
             .returning(*self._columns())
         )
-        asked = {"owner": incarnation, "ttl": int(ttl_seconds * _MICROSECONDS)}
         return self._read_leases(
             self._work(lambda connection: connection.execute(statement, asked).all())
         )
@@ -198,11 +206,11 @@ class Leases(Database):
         return await self.in_thread(partial(self.claim, agent_id, thread_id, **options))
 
     async def arenew(
-        self, incarnation: str, *, ttl_seconds: float, but: Sequence[str] = ()
+        self, incarnation: str, threads: Collection[tuple[str, str]], *, ttl_seconds: float
     ) -> list[Lease]:
         """See `renew`."""
         return await self.in_thread(
-            partial(self.renew, incarnation, ttl_seconds=ttl_seconds, but=but)
+            partial(self.renew, incarnation, tuple(threads), ttl_seconds=ttl_seconds)
         )
 
     async def arelease(self, agent_id: str, thread_id: str, *, incarnation: str) -> bool:

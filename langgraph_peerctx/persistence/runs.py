@@ -10,7 +10,7 @@ from datetime import datetime
 from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 
-from sqlalchemy import Connection, exists, func, or_, select, text, update
+from sqlalchemy import Connection, delete, exists, func, or_, select, text, update
 from sqlalchemy.sql.elements import ColumnElement
 
 from langgraph_peerctx.errors import ThreadBusyError
@@ -165,7 +165,7 @@ class Runs(Leases):
         """
 
         def work(connection: Connection) -> Lease:
-            lease = self._take(connection, run.agent_id, run.thread_id, run.run_id, owner)
+            lease = self._take(connection, run.agent_id, run.thread_id, owner, run_id=run.run_id)
             row = {
                 "run_id": plain_text(run.run_id),
                 "agent_id": run.agent_id,
@@ -184,10 +184,11 @@ class Runs(Leases):
 
         return self._work(work, transaction=True)
 
-    def reopen(
-        self, agent_id: str, thread_id: str, run_id: str, given: RunInput, owner: Owner
-    ) -> Lease:
+    def reopen(self, run: NewRun, owner: Owner) -> Lease:
         """Take the thread and go on with a run that ended, with one more input.
+
+        What it was given last counts: config, context and durability too. Not to be repeated where
+        its outcome is unknown: see `withdraw`.
 
         Raises:
             ThreadBusyError: If somebody else has the thread, or a run of it is open.
@@ -195,11 +196,55 @@ class Runs(Leases):
         """
 
         def work(connection: Connection) -> Lease:
-            lease = self._take(connection, agent_id, thread_id, run_id, owner)
-            count = select(func.count()).where(run_inputs.c.run_id == run_id)
-            self._add_input(connection, run_id, connection.execute(count).scalar_one(), given)
-            self._own(connection, run_id, owner, lease)
+            lease = self._take(connection, run.agent_id, run.thread_id, owner)
+            count = select(func.count()).where(run_inputs.c.run_id == run.run_id)
+            number = connection.execute(count).scalar_one()
+            self._add_input(connection, run.run_id, number, run.given)
+            self._own(connection, run.run_id, owner, lease)
+            given = {
+                "durability": run.durability,
+                **_columns_of("config", run.config),
+                **_columns_of("context", run.context),
+            }
+            connection.execute(update(runs).where(runs.c.run_id == run.run_id).values(**given))
             return lease
+
+        return self._work(work, transaction=True, again=False)
+
+    def take(self, agent_id: str, thread_id: str, owner: Owner) -> Lease:
+        """Take a thread on which nothing is open, to write to it outside of a run.
+
+        Raises:
+            ThreadBusyError: If somebody else has the thread, or a run of it is open.
+            StoreError: If the database failed.
+        """
+        work = partial(self._take, agent_id=agent_id, thread_id=thread_id, owner=owner)
+        return self._work(work, transaction=True)
+
+    def withdraw(self, agent_id: str, thread_id: str, run_id: str, incarnation: str) -> bool:
+        """Take back an admission of which its caller never heard; tell whether there was one.
+
+        The run ends as cancelled: nothing of it was begun.
+        """
+
+        def work(connection: Connection) -> bool:
+            lease = connection.execute(
+                select(*self._columns())
+                .where(
+                    leases.c.agent_id == agent_id,
+                    leases.c.thread_id == plain_text(thread_id),
+                    leases.c.owner_incarnation == incarnation,
+                )
+                .with_for_update()
+            ).all()
+            run = self._run(connection, runs.c.run_id == run_id)
+            if not lease or run is None or run.epoch != lease[0].epoch:
+                return False
+            if len(run.inputs) > 1:  # an answer, which its caller will give again
+                last = run_inputs.c.number == len(run.inputs) - 1
+                connection.execute(delete(run_inputs).where(run_inputs.c.run_id == run_id, last))
+            self._end(connection, run_id, "cancelled", "its admission was not heard of in time")
+            return self._give_back(connection, self._read_leases(lease)[0])
 
         return self._work(work, transaction=True)
 
@@ -247,6 +292,13 @@ class Runs(Leases):
             leases.c.owner_incarnation == incarnation,
             leases.c.epoch == runs.c.epoch,
         )
+        # Leases first, in one order, as everybody does: or two of us wait for each other.
+        locking = (
+            select(leases.c.epoch)
+            .where(leases.c.owner_incarnation == incarnation)
+            .order_by(leases.c.agent_id, leases.c.thread_id)
+            .with_for_update()
+        )
         handing = (
             update(runs)
             .where(runs.c.owner_incarnation == incarnation, runs.c.ended_at.is_(None), is_ours)
@@ -259,6 +311,7 @@ class Runs(Leases):
         )
 
         def work(connection: Connection) -> int:
+            connection.execute(locking).all()
             handed = connection.execute(handing).rowcount
             connection.execute(giving)
             return handed
@@ -324,11 +377,13 @@ class Runs(Leases):
         """See `admit`."""
         return await self.in_thread(partial(self.admit, run, owner))
 
-    async def areopen(
-        self, agent_id: str, thread_id: str, run_id: str, given: RunInput, owner: Owner
-    ) -> Lease:
+    async def areopen(self, run: NewRun, owner: Owner) -> Lease:
         """See `reopen`."""
-        return await self.in_thread(partial(self.reopen, agent_id, thread_id, run_id, given, owner))
+        return await self.in_thread(partial(self.reopen, run, owner))
+
+    async def atake(self, agent_id: str, thread_id: str, owner: Owner) -> Lease:
+        """See `take`."""
+        return await self.in_thread(partial(self.take, agent_id, thread_id, owner))
 
     async def aend(
         self, lease: Lease, run_id: str, kind: EndKind, *, error: str | None = None
@@ -363,8 +418,15 @@ class Runs(Leases):
     # What transactions are made of
 
     def _take(
-        self, connection: Connection, agent_id: str, thread_id: str, run_id: str, owner: Owner
+        self,
+        connection: Connection,
+        agent_id: str,
+        thread_id: str,
+        owner: Owner,
+        *,
+        run_id: str | None = None,
     ) -> Lease:
+        """Claim a thread on which nothing is open, unless it is the admission that is repeated."""
         lease = self._claim(
             connection,
             agent_id=agent_id,
@@ -375,20 +437,20 @@ class Runs(Leases):
             run_id=run_id,
             dead_incarnation=None,
         )
-        asked = runs.c.agent_id == agent_id, runs.c.thread_id == plain_text(thread_id)
         if lease is None:
             raise ThreadBusyError(
                 f"thread {thread_id!r:.80} of {agent_id} has an owner that is at work: wait until "
                 "its run has ended, or see `peerctx agents`"
             )
+        asked = runs.c.agent_id == agent_id, runs.c.thread_id == plain_text(thread_id)
         newest = self._run(connection, *asked, IS_OPEN)
-        if newest is not None and newest.run_id != run_id:
+        is_again = newest is not None and (newest.run_id, newest.epoch) == (run_id, lease.epoch)
+        if newest is not None and not is_again:
             raise ThreadBusyError(
-                f"run {newest.run_id} of thread {thread_id!r:.80} has not ended: a supervisor "
-                f"recovers it, or `peerctx recover {agent_id} {thread_id}` does"
+                f"run {newest.run_id} of thread {thread_id!r:.80} has not ended: wait for it; if "
+                f"its process has died, a supervisor recovers it, or `peerctx recover {agent_id} "
+                f"{thread_id}` does"
             )
-        if newest is not None and newest.epoch != lease.epoch:
-            raise ThreadBusyError(f"run {run_id} has not ended: recover it, its process has died")
         return lease
 
     def _own(self, connection: Connection, run_id: str, owner: Owner, lease: Lease) -> None:

@@ -53,6 +53,8 @@ _ERROR_SOURCE: Final = "__error_source_node__"
 _CONTROL: Final = frozenset({ERROR, INTERRUPT, RESUME, _ERROR_SOURCE})
 """Writes that say what happened to a task; any other write means that it finished."""
 
+_MANY: Final = 1_000_000
+"""Answers, where nobody can tell how many: none is given again."""
 _READ_ATTEMPTS: Final = 3
 _INNER_LIMIT: Final = 200
 """How many checkpoints are read to find what happened inside the open superstep."""
@@ -66,10 +68,12 @@ class Answer:
         state: `unread` by the node that asked, or `used`; a used one stays where it is, and
             LangGraph would give it to the next question too.
         value: The answer, if it is unread.
+        received: How many answers the task that asks is seen to have received.
     """
 
     state: AnswerState = "none"
     value: Any = None
+    received: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,12 +233,15 @@ class _Reader:
             return Answer()
         finished = _finished(head.writes)
         asking = [t for t in head.snapshot.tasks if t.interrupts and t.id not in finished]
-        if len(asking) != 1 or given[0] in _received(head.writes):
-            return Answer(state="used")
+        if len(asking) != 1:
+            return Answer(state="used", received=_MANY)
         inner = await self._writes_inside(head, asking[0])
-        if inner is None or given[0] in _received(inner):
-            return Answer(state="used")
-        return Answer(state="unread", value=given[0])
+        if inner is None:
+            return Answer(state="used", received=_MANY)
+        count = max(_counts([*head.writes, *inner]), default=0)
+        if given[0] in [*_received(head.writes), *_received(inner)]:
+            return Answer(state="used", received=count)
+        return Answer(state="unread", value=given[0], received=count)
 
     async def _writes_inside(self, head: _Head, task: PregelTask) -> list[PendingWrite] | None:
         """Return what was written in the subgraphs that a task ran; None if that is too long ago.
@@ -424,6 +431,12 @@ def _received(writes: Iterable[PendingWrite]) -> list[Any]:
     """Return the answer that each task received last."""
     lists = (value for task, name, value in writes if task != _NO_TASK and name == RESUME)
     return [value[-1] if isinstance(value, list) and value else value for value in lists]
+
+
+def _counts(writes: Iterable[PendingWrite]) -> list[int]:
+    """Return how many answers each task received."""
+    lists = (value for task, name, value in writes if task != _NO_TASK and name == RESUME)
+    return [len(value) if isinstance(value, list) else 1 for value in lists]
 
 
 def _failed_later(writes: Iterable[PendingWrite], task_id: str) -> bool:

@@ -19,14 +19,21 @@ from langgraph.checkpoint.serde.types import INTERRUPT
 from langgraph.types import Command
 
 from langgraph_peerctx.config import PeerContextSettings
-from langgraph_peerctx.durability.admission import config_of, context_of, fenced, input_of
+from langgraph_peerctx.durability.admission import (
+    config_of,
+    context_of,
+    fenced,
+    input_of,
+    stopping_as,
+)
 from langgraph_peerctx.durability.fenced_checkpointer import FencedCheckpointer
 from langgraph_peerctx.durability.isolation import in_empty_context
 from langgraph_peerctx.durability.loop_watch import LoopWatch
-from langgraph_peerctx.durability.ownership import Ownership
+from langgraph_peerctx.durability.ownership import AgentFence, Ownership
 from langgraph_peerctx.durability.workflow import Workflow, checkpointer_of, compiled
 from langgraph_peerctx.errors import (
     BrokerUnavailableError,
+    CheckpointerError,
     PeerContextError,
     StaleOwnerError,
     StoreError,
@@ -39,11 +46,12 @@ from langgraph_peerctx.persistence.incidents import Incident, Recovery, Settleme
 from langgraph_peerctx.persistence.runs import LostRun, Run
 from langgraph_peerctx.reconstruction.approval import Thresholds
 from langgraph_peerctx.reconstruction.incident import OnStep, StepRecord, timed
+from langgraph_peerctx.reconstruction.plain import plain
 from langgraph_peerctx.reconstruction.recovery_graph import RecoveryPlan, RecoverySteps
 from langgraph_peerctx.reconstruction.result import RecoveryResult
 from langgraph_peerctx.reconstruction.resume import Admitted, Given
 from langgraph_peerctx.reconstruction.sources import OwnEvents
-from langgraph_peerctx.reconstruction.standing import as_it_stands, kept, plain, result_without
+from langgraph_peerctx.reconstruction.standing import as_it_stands, kept, result_without
 
 _logger = logging.getLogger(__name__)
 
@@ -53,6 +61,8 @@ RECOVERY_THREAD = "peerctx-recovery-"
 """Before an incident's id: the thread of its recovery graph, beside the workflow's own threads."""
 FIRST_RETRY_SECONDS = 1.0
 LONGEST_RETRY_SECONDS = 60.0
+_FORK = ("checkpoint_id", "checkpoint_ns", "checkpoint_map")
+"""What names the checkpoint from which a run forked."""
 _NEEDS_A_PERSON = frozenset({"needs_context", "nothing_to_recover", "not_approved"})
 """What another attempt would not change."""
 _OUTAGES = (StoreError, BrokerUnavailableError, StaleOwnerError)
@@ -160,14 +170,10 @@ class Recoverer:
         """
         ownership, asked_at = self._ownership, time.monotonic()
         with timed("claim", agent_id=lost.agent_id, thread_id=lost.thread_id) as claim:
-            recovery = await ownership.control.abegin_recovery(
-                lost, ownership.owner, died=died, max_attempts=self._runtime.settings.max_attempts
-            )
+            recovery = await self._begun(lost, died=died)
             claim.detail.update(epoch=None if recovery is None else recovery.lease.epoch)
         if recovery is None:
             return None
-        if self._on_step is not None and claim.record is not None:
-            self._on_step(claim.record)
         if recovery.is_over:
             _logger.error(
                 "%s of %s has had all its attempts: it is a dead letter",
@@ -178,19 +184,37 @@ class Recoverer:
             return result_without(recovery.incident, "dead_letter", "dead_letter: no attempt left")
         held = ownership.hold(recovery.lease, asked_at)
         self._runtime.watch.add(
-            lost.thread_id, asyncio.get_running_loop(), self._runtime.settings.stuck_seconds
+            held.key, asyncio.get_running_loop(), self._runtime.settings.stuck_seconds
         )
         try:
             settlement, result = await self._attempt(recovery, supervised, claim.record)
-        except asyncio.CancelledError:
+        except BaseException:
             await self._settle(recovery, _handed_over("the recoverer leaves"))
             raise
         finally:
-            self._runtime.watch.remove(lost.thread_id)
+            self._runtime.watch.remove(held.key)
             ownership.drop(held)
         if not await self._settle(recovery, settlement):
             return None
         return result
+
+    async def _begun(self, lost: LostRun, *, died: bool) -> Recovery | None:
+        """Claim a lost run; a claim of which nobody hears any more is given back."""
+        control = self._ownership.control
+
+        def undo(recovery: Recovery | None) -> None:
+            if recovery is not None and not recovery.is_over:
+                self._owe(recovery, _handed_over("nobody waited for the claim"))
+
+        begin = partial(
+            control.begin_recovery,
+            lost,
+            self._ownership.owner,
+            died=died,
+            holds=self._ownership.holds(lost.agent_id, lost.thread_id),
+            max_attempts=self._runtime.settings.max_attempts,
+        )
+        return await control.in_thread(begin, undo=undo)
 
     async def recover_thread(
         self, agent_id: str, thread_id: str, supervised: SupervisedWorkflow
@@ -215,15 +239,17 @@ class Recoverer:
         """Run the recovery graph, and say what is to be written down."""
         incident = recovery.incident
         try:
+            if self._on_step is not None and claim is not None:
+                self._on_step(claim)
             plan = await self._plan(recovery, supervised)
             steps = RecoverySteps(replace(plan, before=() if claim is None else (claim,)))
             state = await self._run(recovery, supervised, steps)
         except PeerContextError as error:
             _logger.warning("the recovery of %s failed: %s", incident.thread_id, error)
-            return self._failed(recovery, error, None)
+            return self._failed(recovery, error, None, is_outage=isinstance(error, _OUTAGES))
         except Exception as error:
             _logger.exception("the recovery of %s failed", incident.thread_id)
-            return self._failed(recovery, error, None)
+            return self._failed(recovery, error, None, is_outage=False)
         if state.get(INTERRUPT):
             question = plain(state[INTERRUPT][0].value)
             settlement = Settlement(
@@ -234,13 +260,18 @@ class Recoverer:
         result: RecoveryResult = state["result"]
         settlement = _settlement(result)
         if result["status"] == "failed":
-            settlement, result = self._failed(recovery, steps.error, result)
+            # A node may raise anything; only what stands under the run is an outage.
+            is_outage = isinstance(steps.error, CheckpointerError | StaleOwnerError)
+            settlement, result = self._failed(recovery, steps.error, result, is_outage=is_outage)
         return settlement, {**result, "final_state": steps.final_state}
 
     async def _plan(self, recovery: Recovery, supervised: SupervisedWorkflow) -> RecoveryPlan:
-        run, workflow = recovery.run, fenced(supervised.workflow, self._ownership)
+        run = recovery.run
+        fence = AgentFence(run.agent_id, self._ownership)
+        workflow = stopping_as(fenced(supervised.workflow, fence), run)
         said = config_of(workflow, run)
-        fork_of = said.get("configurable", {}).pop("checkpoint_id", None)
+        configurable = said.get("configurable", {})
+        fork_of = {name: configurable.pop(name) for name in _FORK if name in configurable}
         return RecoveryPlan(
             workflow=workflow,
             admitted=Admitted(
@@ -249,7 +280,7 @@ class Recoverer:
                     Given(value=input_of(workflow, run, number), checkpoint_id=given.checkpoint_id)
                     for number, given in enumerate(run.inputs)
                 ),
-                fork_of=fork_of,
+                fork_of=fork_of if "checkpoint_id" in fork_of else None,
             ),
             incident_id=recovery.incident.incident_id,
             channel=supervised.peer_context_channel,
@@ -291,11 +322,17 @@ class Recoverer:
             "configurable": {"thread_id": f"{RECOVERY_THREAD}{incident.incident_id}"}
         }
         snapshot = await app.aget_state(place)
-        given: Any = order
-        if snapshot.tasks:
-            given = Command(resume=incident.answer["value"]) if incident.answer else None
+        answer: Any = Command(resume=incident.answer["value"]) if incident.answer else None
+        given: Any = answer if snapshot.tasks else order
+        state = await self._invoked(app, given, place)
+        if state.get(INTERRUPT) and answer is not None and given is order:
+            state = await self._invoked(app, answer, place)  # it was given to an attempt before
+        return state
+
+    async def _invoked(self, app: Any, given: Any, place: RunnableConfig) -> dict[str, Any]:
         state: dict[str, Any] = await in_empty_context(
-            app.ainvoke(given, place, durability="sync"), name=f"recover {incident.thread_id}"
+            app.ainvoke(given, place, durability="sync"),
+            name=f"recover {place['configurable']['thread_id']}",
         )
         return state
 
@@ -304,16 +341,21 @@ class Recoverer:
     ) -> BaseCheckpointSaver[Any]:
         """Return the saver for the recovery's own thread: one lease fences both."""
         bare = saver.bare if isinstance(saver, FencedCheckpointer) else saver
-        return FencedCheckpointer(bare, _OfThread(self._ownership, recovery.lease.thread_id))
+        fence = AgentFence(recovery.lease.agent_id, self._ownership)
+        return FencedCheckpointer(bare, _OfThread(fence, recovery.lease.thread_id))
 
     def _failed(
-        self, recovery: Recovery, error: Exception | None, result: RecoveryResult | None
+        self,
+        recovery: Recovery,
+        error: Exception | None,
+        result: RecoveryResult | None,
+        *,
+        is_outage: bool,
     ) -> tuple[Settlement, RecoveryResult]:
         """Put the next attempt off, or the incident aside."""
         incident = recovery.incident
         said = f"failed: {type(error).__name__}: {str(error)[:300]}"
         found = result or result_without(incident, "failed", said)
-        is_outage = isinstance(error, _OUTAGES)
         is_last = not is_outage and incident.attempts >= self._runtime.settings.max_attempts
         settlement = replace(
             _handed_over(said),
@@ -327,45 +369,56 @@ class Recoverer:
 
     async def _settle(self, recovery: Recovery, settlement: Settlement) -> bool:
         """Write the end down, whoever is cancelled meanwhile; tell whether it was ours to write."""
-        incident = recovery.incident
-        settling = asyncio.ensure_future(self._ownership.control.asettle(recovery, settlement))
+        write = partial(self._settled, recovery, settlement)
+        settling = asyncio.ensure_future(self._ownership.control.in_thread(write))
         try:
             is_ours = await asyncio.shield(settling)
         except asyncio.CancelledError:
             await asyncio.wait({settling})
             raise
+        except StoreError:  # it did not get a thread, or takes too long
+            self._owe(recovery, settlement)
+            return True
+        if not is_ours:
+            _logger.warning("the recovery of %s was taken over", recovery.incident.thread_id)
+        return is_ours
+
+    def _settled(self, recovery: Recovery, settlement: Settlement) -> bool:
+        try:
+            return self._ownership.control.settle(recovery, settlement)
         except StoreError as error:
             _logger.warning("the end of a recovery is not written down yet: %s", error)
-            settle = partial(self._ownership.control.settle, recovery, settlement)
-            self._ownership.owe(incident.thread_id, settle)
+            self._owe(recovery, settlement)
             return True  # it ended here; whoever takes it up again finds it so
-        if not is_ours:
-            _logger.warning("the recovery of %s was taken over meanwhile", incident.thread_id)
-        return is_ours
+
+    def _owe(self, recovery: Recovery, settlement: Settlement) -> None:
+        lease, control = recovery.lease, self._ownership.control
+        write = partial(control.settle, recovery, settlement)
+        self._ownership.owe(lease.agent_id, lease.thread_id, write)
 
 
 class _OfThread:
     """A fence that lets a thread be written under another one's lease."""
 
-    def __init__(self, ownership: Ownership, thread_id: str) -> None:
-        self._ownership = ownership
+    def __init__(self, fence: AgentFence, thread_id: str) -> None:
+        self._fence = fence
         self._thread_id = thread_id
 
     def may_write(self, thread_id: str) -> int | None:
         del thread_id
-        return self._ownership.may_write(self._thread_id)
+        return self._fence.may_write(self._thread_id)
 
     async def amay_write(self, thread_id: str) -> int | None:
         del thread_id
-        return await self._ownership.amay_write(self._thread_id)
+        return await self._fence.amay_write(self._thread_id)
 
     def epoch_of(self, thread_id: str) -> int:
         del thread_id
-        return self._ownership.epoch_of(self._thread_id)
+        return self._fence.epoch_of(self._thread_id)
 
     async def aepoch_of(self, thread_id: str) -> int:
         del thread_id
-        return await self._ownership.aepoch_of(self._thread_id)
+        return await self._fence.aepoch_of(self._thread_id)
 
 
 def _patience(incident: Incident) -> float:

@@ -13,9 +13,9 @@ from langgraph.types import Durability
 from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.durability.admission import fenced
 from langgraph_peerctx.durability.isolation import in_empty_context
-from langgraph_peerctx.durability.ownership import Ownership
+from langgraph_peerctx.durability.ownership import AgentFence, Ownership
 from langgraph_peerctx.durability.workflow import Workflow, compiled, thread_config
-from langgraph_peerctx.errors import ConfigurationError, StoreError
+from langgraph_peerctx.errors import ConfigurationError, StoreBusyError, StoreError
 from langgraph_peerctx.gathering.gatherer import OnAnswer
 from langgraph_peerctx.identifiers import check_id
 from langgraph_peerctx.nodes.on_runtime import Update, Work
@@ -161,7 +161,7 @@ async def _recovered_under_a_lease(
         incident = await ownership.control.aincident_of(agent_id, thread_id)
         return as_it_stands(agent_id, thread_id, lost, incident)
     try:
-        behind = fenced(plan.workflow, ownership)
+        behind = fenced(plan.workflow, AgentFence(agent_id, ownership))
         return await _recovered(replace(plan, workflow=behind), order)
     finally:
         await ownership.release(agent_id, thread_id)
@@ -192,7 +192,10 @@ async def standing_of(settings: PeerContextSettings, agent_id: str, thread_id: s
     try:
         return await open_in_thread(look)
     except StoreError as error:
-        if settings.control_database_url is not None:
+        may_be_back = isinstance(error, StoreBusyError) or not settings.control_url.startswith(
+            "sqlite"
+        )
+        if settings.control_database_url is not None or may_be_back:
             raise
         # By default it is the event store, and that one's fault costs its events only.
         _logger.warning("whether the run is owned is not known: %s", error)

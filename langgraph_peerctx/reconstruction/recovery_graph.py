@@ -17,7 +17,6 @@ from langgraph.graph import END, START, StateGraph
 from langgraph.runtime import get_runtime
 from langgraph.types import Durability, RetryPolicy, interrupt
 from pydantic import Field
-from pydantic_core import to_jsonable_python
 from typing_extensions import TypedDict  # pydantic makes schemas of this one only, up to 3.11
 
 from langgraph_peerctx import background
@@ -51,6 +50,7 @@ from langgraph_peerctx.reconstruction.approval import Thresholds, is_approved, w
 from langgraph_peerctx.reconstruction.checkpoint import CheckpointView, load_checkpoint
 from langgraph_peerctx.reconstruction.evidence import reconstruct
 from langgraph_peerctx.reconstruction.incident import OnStep, StepRecord, incident_record, timed
+from langgraph_peerctx.reconstruction.plain import plain
 from langgraph_peerctx.reconstruction.resume import (
     Admitted,
     Decision,
@@ -400,7 +400,7 @@ class RecoverySteps:
                 "peer_context_used": delivery.channel is not None,
                 "degraded": bool(shortfalls),
                 "reasons": [*shortfalls, *ending.reasons],
-                "final_state": _plain(ending.final_state),
+                "final_state": plain(ending.final_state),
                 "incident": incident_record({**state, "steps": steps}, ending.status, evidence),
             },
         }
@@ -470,7 +470,7 @@ class RecoverySteps:
         if admitted is None:
             return of_run(place, view.run_id)
         if decision.action == "restart" and admitted.fork_of is not None:
-            place["configurable"]["checkpoint_id"] = admitted.fork_of
+            place["configurable"].update(admitted.fork_of)
         return of_admitted_run(place, admitted.run_id)
 
     def _initial_state(self, state: Mapping[str, Any]) -> Any:
@@ -530,7 +530,7 @@ class RecoverySteps:
             "peer_context_used": False,
             "degraded": False,
             "reasons": list(decision.reasons),
-            "final_state": _plain(self.final_state),
+            "final_state": plain(self.final_state),
             "incident": incident_record(state, status, state.get("evidence")),
         }
 
@@ -563,8 +563,3 @@ def _attempt() -> int:
 
 def _gathered(context: PeerContext) -> Update:
     return {"gathered": context.as_json()}
-
-
-def _plain(value: Any) -> Any:
-    """Return a workflow's state for looking at: JSON, with text where there is no better."""
-    return to_jsonable_python(value, serialize_unknown=True)

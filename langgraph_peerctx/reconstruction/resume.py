@@ -67,12 +67,12 @@ class Admitted:
 
     Attributes:
         inputs: Its input, then each answer; at least one.
-        fork_of: The checkpoint from which it forked, if it did.
+        fork_of: What names the checkpoint from which it forked, if it did.
     """
 
     run_id: str
     inputs: tuple[Given, ...]
-    fork_of: str | None = None
+    fork_of: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,12 +171,20 @@ def _by_status(view: CheckpointView, *, has_initial_state: bool) -> Decision:
 def _by_run(view: CheckpointView, admitted: Admitted) -> Decision:
     if not view.exists or view.run_id != admitted.run_id:
         return Decision(action="restart")
-    last = admitted.inputs[-1]
-    # An answer of which the thread shows no trace was lost on its way.
-    is_untouched = last.checkpoint_id == view.checkpoint_id and view.answer.state == "none"
-    if len(admitted.inputs) > 1 and is_untouched and view.status != "interrupted_work":
+    if _is_untouched(view, admitted) and view.status != "interrupted_work":
         return Decision(action="answer")
     return _by_status(view, has_initial_state=True)
+
+
+def _is_untouched(view: CheckpointView, admitted: Admitted) -> bool:
+    """Tell whether the last answer that was given to a run was lost on its way.
+
+    The thread stands where it stood then, and has received fewer answers than were given there.
+    """
+    here = [given for given in admitted.inputs[1:] if given.checkpoint_id == view.checkpoint_id]
+    if not here or admitted.inputs[-1] is not here[-1] or view.answer.state == "unread":
+        return False
+    return len(here) > view.answer.received
 
 
 def _waits_for(view: CheckpointView) -> str:

@@ -4,11 +4,10 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-from pydantic_core import to_jsonable_python
-
 from langgraph_peerctx.persistence.incidents import Incident, IncidentStatus
 from langgraph_peerctx.persistence.runs import LostRun
 from langgraph_peerctx.reconstruction.incident import incident_record
+from langgraph_peerctx.reconstruction.plain import plain
 from langgraph_peerctx.reconstruction.result import RecoveryResult
 from langgraph_peerctx.reconstruction.resume import RecoveryStatus
 
@@ -67,11 +66,6 @@ def kept(result: RecoveryResult) -> dict[str, Any]:
         found["final_state"] = None
         found["reasons"] = [*found["reasons"], "cut: the final state is too long to be kept here"]
     return found
-
-
-def plain(value: object) -> Any:
-    """Return a value as JSON for looking at, with text where there is no better."""
-    return to_jsonable_python(value, serialize_unknown=True, inf_nan_mode="null")
 
 
 def _elsewhere(incident: Incident) -> RecoveryResult:

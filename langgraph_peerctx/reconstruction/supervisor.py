@@ -178,13 +178,13 @@ class RecoverySupervisor:
         if key in self._flights or self._running is None:
             return
         self.counters[f"seen.{failure.why}"] += 1
-        if self._on_failure is not None:
-            self._on_failure(failure)
         flight = asyncio.create_task(
             self._fly(failure, self._running), name=f"peerctx-recover-{key[1]:.80}"
         )
         self._flights[key] = flight
         flight.add_done_callback(lambda _: self._flights.pop(key, None))
+        if self._on_failure is not None:
+            _tell(self._on_failure, failure)
 
     async def _fly(self, failure: AgentFailure, running: "_Running") -> None:
         try:
@@ -202,7 +202,7 @@ class RecoverySupervisor:
             self.counters[result["status"]] += 1
             _logger.info("%s of %s: %s", failure.thread_id, failure.agent_id, result["status"])
             if self._on_recovery is not None:
-                self._on_recovery(failure, result)
+                _tell(self._on_recovery, failure, result)
 
     async def _recover(self, failure: AgentFailure, running: "_Running") -> RecoveryResult | None:
         runtime, supervised = running.runtime, self.workflows.get(failure.workflow or "")
@@ -237,15 +237,25 @@ class RecoverySupervisor:
         lost = await control.aopen_run(failure.agent_id, failure.thread_id)
         if lost is not None and lost.epoch == failure.epoch:
             said = {"status": "unknown_workflow", "reasons": [f"nobody supervises {name!r:.80}"]}
-            await control.in_thread(partial(control.note, lost, said))
+            again = runtime.settings.sweep_seconds
+            await control.in_thread(partial(control.note, lost, said, again_seconds=again))
 
     async def _land(self) -> None:
         """End what is under way; it is handed over."""
+        self._running = None
         flights = list(self._flights.values())
         for flight in flights:
             flight.cancel()
         if flights:
             await asyncio.wait(flights)
+
+
+def _tell(listener: Callable[..., None], *what: object) -> None:
+    """Tell somebody; what they make of it is not our affair."""
+    try:
+        listener(*what)
+    except Exception:
+        _logger.exception("a listener failed")
 
 
 def place_in_line(thread_id: str, me: str, supervisors: Collection[str]) -> int:

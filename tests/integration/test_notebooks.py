@@ -16,7 +16,7 @@ SHOWN = {
     "04_on_real_kafka": [
         "agent.context.response.notebook",
         "50 gathers from 8 peers",
-        "the broker did not confirm the request in time",
+        "no peer answered",
     ],
 }
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from persistence.test_runs import given, new, owner
 
-from langgraph_peerctx.errors import ConfigurationError
+from langgraph_peerctx.errors import ConfigurationError, ProtocolError
+from langgraph_peerctx.persistence import schema
 from langgraph_peerctx.persistence.incidents import ControlDatabase, Recovery, Settlement
 from langgraph_peerctx.persistence.runs import LostRun
 
@@ -66,6 +67,7 @@ def test_the_second_recoverer_gets_nothing_and_changes_nothing(control: ControlD
     begun(control, found)
     assert begin(control, found, "s") is None
     assert begin(control, found, "r") is None, "not even the first one again"
+    assert begin(control, found, "r", holds=True) is None
     (incident,) = control.all_incidents()
     assert (incident.attempts, incident.recoverer_id) == (1, "process-r")
 
@@ -81,6 +83,46 @@ def test_a_settled_recovery_ends_run_lease_and_incident_at_once(control: Control
     assert incident is not None
     assert (incident.status, incident.result) == ("recovered", {"status": "resumed"})
     assert control.lost_runs(["a", "r"]) == []
+
+
+def test_a_settlement_whose_answer_was_lost_is_made_again(control: ControlDatabase) -> None:
+    recovery = begun(control, lost(control))
+    assert control.settle(recovery, DONE)
+    assert control.settle(recovery, DONE)
+    assert not control.settle(recovery, AGAIN)
+
+
+@pytest.mark.parametrize("state", [b"\xff", {"deep": None}, {"text": "a\0b\ud800"}, float("nan")])
+def test_whatever_a_state_holds_its_recovery_is_settled(
+    control: ControlDatabase, state: Any
+) -> None:
+    if state == {"deep": None}:
+        for _ in range(2_000):
+            state = {"deep": state}
+    recovery = begun(control, lost(control))
+    how = Settlement(status="recovered", end_kind="returned", result={"final_state": state})
+    assert control.settle(recovery, how)
+    incident = control.incident_of("agent", "t")
+    assert incident is not None
+    assert incident.status == "recovered"
+
+
+def test_our_own_claim_of_which_we_do_not_know_is_lost_when_it_has_expired(
+    control: ControlDatabase,
+) -> None:
+    found = lost(control)
+    assert begin(control, found, "r")
+    (ours,) = control.lost_runs(["r"])
+    assert begin(control, ours, "r") is None, "it has not expired"
+    expire(control)
+    (ours,) = control.lost_runs()
+    again = begun(control, ours, "r", died=False)
+    assert (again.lease.epoch, again.incident.attempts) == (3, 2)
+
+
+def expire(control: ControlDatabase) -> None:
+    table = schema.leases
+    control._work(lambda c: c.execute(table.update().values(expires_at=0)))
 
 
 def test_who_was_superseded_settles_nothing(control: ControlDatabase) -> None:
@@ -158,6 +200,8 @@ def test_a_question_stops_detection_until_it_is_answered(control: ControlDatabas
     with pytest.raises(ConfigurationError, match="neither a dead letter"):
         control.redrive(waiting.incident_id)
 
+    with pytest.raises(ProtocolError):
+        control.answer(waiting.incident_id, object())
     answered = control.answer(waiting.incident_id, True)  # noqa: FBT003 - the answer
     assert (answered.status, answered.answer) == ("open", {"value": True})
     (found,) = control.lost_runs()
@@ -193,16 +237,18 @@ def test_incidents_are_found_by_a_beginning_of_their_id(control: ControlDatabase
 
 def test_what_nobody_here_can_recover_is_seen(control: ControlDatabase) -> None:
     found = lost(control)
-    control.note(found, {"status": "unknown_workflow"})
+    control.note(found, {"status": "unknown_workflow"}, again_seconds=0.2)
+    assert control.lost_runs(["a"]) == [], "for a while it stands in nobody's way"
     (incident,) = control.all_incidents(status="open")
     assert (incident.attempts, incident.result) == (0, {"status": "unknown_workflow"})
     assert control.all_incidents(status="recovered") == []
+    time.sleep(0.3)
     assert begun(control, found).incident.incident_id == incident.incident_id
 
 
 def test_a_run_that_fails_a_second_time_is_a_second_incident(control: ControlDatabase) -> None:
     control.settle(begun(control, lost(control)), DONE)
-    control.reopen("agent", "t", "r1", given(b"yes"), owner("b"))
+    control.reopen(new(given=given(b"yes")), owner("b"))
     (found,) = control.lost_runs(["b"])
     begun(control, found, "s")
     assert [i.status for i in control.all_incidents()] == ["recovering", "recovered"]

@@ -71,7 +71,7 @@ def test_what_has_expired_is_free(leases: Leases) -> None:
 def test_an_owner_that_comes_back_to_its_expired_lease_goes_on(leases: Leases) -> None:
     claim(leases, "a", ttl=0.05)
     time.sleep(0.1)
-    (renewed,) = leases.renew("a", ttl_seconds=60)
+    (renewed,) = leases.renew("a", [("agent", "t")], ttl_seconds=60)
     assert (renewed.epoch, renewed.is_free) == (1, False)
     assert claim(leases, "b") is None
 
@@ -89,8 +89,10 @@ def test_all_that_one_process_owns_is_renewed_at_once_and_nothing_else(leases: L
         claim(leases, "a", f"t{number}", ttl=1)
     claim(leases, "b", "other", ttl=1)
     claim(leases, "c", "t4", dead_incarnation="a")
-    renewed = leases.renew("a", ttl_seconds=60)
-    assert {lease.thread_id for lease in renewed} == {"t0", "t1", "t2", "t3"}
+    asked = [("agent", thread) for thread in ("t0", "t1", "t2", "t4", "other", "nobody's")]
+    renewed = leases.renew("a", asked, ttl_seconds=60)
+    assert {lease.thread_id for lease in renewed} == {"t0", "t1", "t2"}
+    assert leases.lease_of("agent", "t3").seconds_left < 1, "nobody asked for it"  # type: ignore[union-attr]
     assert all(lease.seconds_left > 59 for lease in renewed)
     (other,) = leases.leases_owned_by("b")
     assert other.seconds_left < 1
@@ -161,7 +163,7 @@ def test_what_cannot_be_right_is_refused(
 async def test_the_async_twins_do_the_same(leases: Leases) -> None:
     lease = await leases.aclaim("agent", "t", owner_id="p", incarnation="a", ttl_seconds=60.0)
     assert lease is not None
-    assert await leases.arenew("a", ttl_seconds=60)
+    assert await leases.arenew("a", [("agent", "t")], ttl_seconds=60)
     assert await leases.alease_of("agent", "t")
     assert await leases.aleases_of_thread("t")
     assert await leases.aleases_owned_by("a")
@@ -198,7 +200,7 @@ def test_an_epoch_never_falls_and_rises_with_each_new_owner(
                 owner, free = who, False
                 assert lease.epoch == epoch
         elif what == "renew":
-            mine = [x for x in leases.renew(who, ttl_seconds=60) if x.thread_id == str(thread)]
+            mine = leases.renew(who, [("agent", str(thread))], ttl_seconds=60)
             assert bool(mine) == (owner == who)
             free = free and owner != who
         elif what == "release":

@@ -75,8 +75,8 @@ def test_a_run_that_crashed_must_be_recovered_before_another_begins(
     time.sleep(0.05)
     with pytest.raises(ThreadBusyError, match=r"has not ended.*peerctx recover agent t"):
         control.admit(new("r2"), owner("b"))
-    with pytest.raises(ThreadBusyError, match="its process has died"):
-        control.reopen("agent", "t", "r1", given(), owner("b"))
+    with pytest.raises(ThreadBusyError, match="has not ended"):
+        control.reopen(new(), owner("b"))
     lease = control.lease_of("agent", "t")
     assert lease is not None
     assert lease.owner_incarnation == "a", "the lease is as it was, and can still be found"
@@ -105,12 +105,17 @@ def test_who_was_superseded_ends_nothing(control: ControlDatabase) -> None:
 def test_an_answer_goes_on_with_the_run_that_asked(control: ControlDatabase) -> None:
     lease = control.admit(new(), owner("a"))
     control.end(lease, "r1", "returned")
-    again = control.reopen("agent", "t", "r1", given(b"yes", "c7"), owner("b"))
+    answer = new(given=given(b"yes", "c7"), config=Packed("msgpack", b"the answer's"))
+    again = control.reopen(answer, owner("b"))
     assert again.epoch == 2
     run = control.run("r1")
     assert run is not None
     assert (run.is_open, run.epoch, run.owner_incarnation) == (True, 2, "b")
     assert run.inputs == (given(), given(b"yes", "c7"))
+    assert run.config == Packed("msgpack", b"the answer's")
+    for who in ("a", "b"):  # nor the same process once more
+        with pytest.raises(ThreadBusyError):
+            control.reopen(answer, owner(who))
 
 
 def test_what_is_handed_over_waits_for_its_next_owner(control: ControlDatabase) -> None:
@@ -148,11 +153,39 @@ async def test_the_async_twins_do_the_same(control: ControlDatabase) -> None:
     lease = await control.aadmit(new(), owner("a"))
     assert await control.arun("r1") == await control.anewest_run("agent", "t")
     assert await control.aend(lease, "r1", "returned")
-    again = await control.areopen("agent", "t", "r1", given(), owner("a"))
+    again = await control.areopen(new(), owner("a"))
     assert [holder.owner_incarnation for holder in await control.aholders()] == ["a"]
     assert again.epoch == 2
     assert await control.ahand_over("a") == 1
     assert [lost.run_id for lost in await control.alost_runs()] == ["r1"]
+
+
+def test_an_admission_that_was_not_heard_of_is_taken_back(control: ControlDatabase) -> None:
+    control.admit(new(), owner("a"))
+    assert control.withdraw("agent", "t", "r1", "a")
+    assert not control.withdraw("agent", "t", "r1", "a")
+    run = control.run("r1")
+    assert run is not None
+    assert (run.end_kind, len(run.inputs)) == ("cancelled", 1)
+    control.reopen(new(given=given(b"yes", "c7")), owner("a"))
+    assert control.withdraw("agent", "t", "r1", "a")
+    run = control.run("r1")
+    assert run is not None
+    assert (run.end_kind, run.inputs) == ("cancelled", (given(),)), "it will be given again"
+    control.admit(new("r2"), owner("b"))
+    assert not control.withdraw("agent", "t", "r2", "a"), "that one is another's"
+
+
+def test_a_thread_is_taken_for_a_write_only_while_nothing_is_open(
+    control: ControlDatabase,
+) -> None:
+    lease = control.take("agent", "t", owner("a"))
+    with pytest.raises(ThreadBusyError):
+        control.admit(new(), owner("b"))
+    control.release("agent", "t", incarnation="a")
+    assert control.admit(new(), owner("b")).epoch == lease.epoch + 1
+    with pytest.raises(ThreadBusyError):
+        control.take("agent", "t", owner("b"))
 
 
 def test_who_holds_how_much_is_told(control: ControlDatabase) -> None:

@@ -20,7 +20,7 @@ from typing_extensions import TypedDict
 from langgraph_peerctx import background
 from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.durability.admission import packed, packed_config, packed_context
-from langgraph_peerctx.errors import ConfigurationError, StoreError
+from langgraph_peerctx.errors import CheckpointerError, ConfigurationError, StoreError
 from langgraph_peerctx.lifecycle import peer_context_lifespan
 from langgraph_peerctx.nodes.state import PeerContextState
 from langgraph_peerctx.owned import own_runs
@@ -229,11 +229,9 @@ async def test_a_run_that_waits_for_its_human_is_left_to_wait(control: ControlDa
 async def answered(control: ControlDatabase, app: Any, answer: Any) -> str:
     """Admit an answer as a process that died; return where the thread stood."""
     head = (await app.aget_state(AT)).config["configurable"]["checkpoint_id"]
+    given = RunInput(value=packed(app, answer, name="input"), checkpoint_id=head)
     control.reopen(
-        AGENT,
-        THREAD,
-        "r1",
-        RunInput(value=packed(app, answer, name="input"), checkpoint_id=head),
+        NewRun(run_id="r1", agent_id=AGENT, thread_id=THREAD, workflow="launch", given=given),
         GHOST,
     )
     return str(head)
@@ -359,7 +357,7 @@ async def test_an_outage_costs_no_attempt(
     def second(_state: Any) -> Any:
         tries.append(1)
         if len(tries) < 3:
-            raise StoreError("the disk is full")
+            raise CheckpointerError("the disk is full")
         return {"log": ["second"]}
 
     app = workflow(second)
@@ -367,6 +365,23 @@ async def test_an_outage_costs_no_attempt(
     async with supervising(app):
         incident = await settled(control)
     assert (len(tries), incident.attempts) == (3, 1)
+
+
+async def test_a_node_that_raises_what_looks_like_an_outage_has_its_attempts_counted(
+    control: ControlDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PEER_CONTEXT_MAX_ATTEMPTS", "2")
+    tries: list[int] = []
+
+    def second(_state: Any) -> Any:
+        tries.append(1)
+        raise StoreError("the shop's own database is away")
+
+    app = workflow(second)
+    await lose(control, app)
+    async with supervising(app):
+        await settled(control, "dead_letter")
+    assert len(tries) == 2
 
 
 async def test_a_workflow_that_nobody_knows_is_shown_to_people(control: ControlDatabase) -> None:
