@@ -54,6 +54,9 @@ bench: $(VENV)/dev
 	$(BIN)/python tests/benchmarks/gather.py
 	$(BIN)/python tests/benchmarks/langgraph_face.py
 	$(BIN)/python tests/benchmarks/event_store.py
+	$(BIN)/python tests/benchmarks/revival.py --database sqlite
+	$(BIN)/python tests/benchmarks/revival.py --database postgresql
+	$(BIN)/python tests/benchmarks/dead_peer.py
 
 clean:
 	rm -rf $(VENV) .cache bench-results build .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis .langgraph_api .studio

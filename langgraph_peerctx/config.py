@@ -254,8 +254,12 @@ class PeerContextSettings(EnvironmentSettings):
 
     @property
     def lease_seconds(self) -> float:
-        """How long a lease lives without being renewed: twice the silence that is acceptable."""
-        return 2 * self.silence_seconds
+        """How long a lease lives without being renewed: less than twice the acceptable silence.
+
+        A recovery is to begin within that; and an interpreter that is held for one and a half of it
+        must not cost its process a thread, so it cannot be much shorter.
+        """
+        return 2 * self.silence_seconds - self.heartbeat_interval_seconds / 2
 
 
 __all__ = [

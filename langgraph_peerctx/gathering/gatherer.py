@@ -28,7 +28,7 @@ from langgraph_peerctx.protocol.messages import ContextRequest, ContextResponse,
 
 _logger = logging.getLogger(__name__)
 
-WATCH_SECONDS = 0.1
+WATCH_SECONDS = 0.01
 """How often those that are waited for are looked after."""
 
 OnAnswer = Callable[[ContextResponse], None]

@@ -40,6 +40,7 @@ class Arrivals:
 
     def __init__(self, *, interval_seconds: float, pause_seconds: float) -> None:
         self._pause = pause_seconds
+        self._shortest = interval_seconds / 2
         # Until there is more to go by: the interval, give or take a quarter of it.
         quarter = interval_seconds / 4
         self._intervals = deque(
@@ -53,9 +54,15 @@ class Arrivals:
         return self._last
 
     def beat(self, now: float) -> None:
-        """Count a heartbeat; an interval longer than was acceptable teaches nothing."""
-        if self._last is not None and now - self._last <= self._mean + self._pause:
-            self._intervals.append(max(0.0, now - self._last))
+        """Count a heartbeat.
+
+        An interval longer than was acceptable teaches nothing, nor does one that is much too short:
+        a process beats out of turn when it has news, and that says nothing of its regularity.
+        """
+        if self._last is not None:
+            interval = now - self._last
+            if self._shortest <= interval <= self._mean + self._pause:
+                self._intervals.append(interval)
         self._last = now
 
     def count_from(self, now: float) -> None:

@@ -32,6 +32,8 @@ State = Literal["alive", "slow", "suspected", "unreachable", "stuck", "dead", "l
 By = Literal["sentinel", "heartbeats", "rows"]
 OnFailure: TypeAlias = "Callable[[AgentFailure], None]"
 
+LOOKS = 4
+"""In an interval."""
 LIMIT = 1_000
 """Lost runs in one look, the earliest first; the others follow as these are recovered."""
 QUEUE_SIZE = 1_000
@@ -241,7 +243,7 @@ class Failures(AsyncIterator[AgentFailure]):
 
 
 class FailureDetector:
-    """Looks twice an interval at who is lost, and at once when a death notice arrives.
+    """Looks four times an interval at who is lost, and at once when a death notice arrives.
 
     It belongs to one loop, that on which the roster is fed. Nothing counts by time until a lease's
     life has passed since it began.
@@ -363,7 +365,7 @@ class FailureDetector:
                 self._fall_ill("database")
                 _logger.exception("a look at who is lost failed")
             try:
-                async with asyncio.timeout(self._settings.heartbeat_interval_seconds / 2):
+                async with asyncio.timeout(self._settings.heartbeat_interval_seconds / LOOKS):
                     await self._woken.wait()
             except TimeoutError:
                 pass
@@ -408,7 +410,7 @@ class FailureDetector:
     def _see_that_we_were_awake(self) -> None:
         now, before = self._clock(), self._seen_at
         self._seen_at = now
-        longest = self._settings.heartbeat_interval_seconds / 2 + self._settings.silence_seconds
+        longest = self._settings.heartbeat_interval_seconds / LOOKS + self._settings.silence_seconds
         if before is not None and now - before > longest:
             self._fall_ill("late")
 

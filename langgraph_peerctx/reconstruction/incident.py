@@ -45,8 +45,8 @@ class IncidentRecord(TypedDict):
 
 
 OnStep: TypeAlias = Callable[[StepRecord], None]
-"""Is told of each step when it has ended; runs on the recovery's loop and must neither block
-nor raise."""
+"""Is told of each step when it has ended; runs on the recovery's loop and must not block. What it
+raises is logged."""
 
 
 @dataclass(slots=True)
@@ -117,6 +117,14 @@ def incident_record(
     )
 
 
+def tell(listener: Callable[..., None], *what: object) -> None:
+    """Tell somebody; what they make of it is not our affair."""
+    try:
+        listener(*what)
+    except Exception:
+        _logger.exception("a listener failed")
+
+
 def _report(record: StepRecord, on_step: OnStep | None, ids: Mapping[str, Any]) -> None:
     _logger.info(
         "%s %s in %.3f s",
@@ -126,4 +134,4 @@ def _report(record: StepRecord, on_step: OnStep | None, ids: Mapping[str, Any]) 
         extra={**ids, "step": record["step"], "detail": record["detail"]},
     )
     if on_step is not None:
-        on_step(record)
+        tell(on_step, record)

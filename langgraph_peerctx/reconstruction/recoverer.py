@@ -45,7 +45,7 @@ from langgraph_peerctx.owned import unowned
 from langgraph_peerctx.persistence.incidents import Incident, Recovery, Settlement
 from langgraph_peerctx.persistence.runs import LostRun, Run
 from langgraph_peerctx.reconstruction.approval import Thresholds
-from langgraph_peerctx.reconstruction.incident import OnStep, StepRecord, timed
+from langgraph_peerctx.reconstruction.incident import OnStep, StepRecord, tell, timed
 from langgraph_peerctx.reconstruction.plain import plain
 from langgraph_peerctx.reconstruction.recovery_graph import RecoveryPlan, RecoverySteps
 from langgraph_peerctx.reconstruction.result import RecoveryResult
@@ -240,7 +240,7 @@ class Recoverer:
         incident = recovery.incident
         try:
             if self._on_step is not None and claim is not None:
-                self._on_step(claim)
+                tell(self._on_step, claim)
             plan = await self._plan(recovery, supervised)
             steps = RecoverySteps(replace(plan, before=() if claim is None else (claim,)))
             state = await self._run(recovery, supervised, steps)

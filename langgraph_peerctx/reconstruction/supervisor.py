@@ -28,7 +28,7 @@ from langgraph_peerctx.reconstruction.failure_detector import (
     FailureDetector,
     ProcessState,
 )
-from langgraph_peerctx.reconstruction.incident import OnStep
+from langgraph_peerctx.reconstruction.incident import OnStep, tell
 from langgraph_peerctx.reconstruction.recoverer import Recoverer, SupervisedWorkflow
 from langgraph_peerctx.reconstruction.result import RecoveryResult
 from langgraph_peerctx.runtime import PeerContextRuntime
@@ -184,7 +184,7 @@ class RecoverySupervisor:
         self._flights[key] = flight
         flight.add_done_callback(lambda _: self._flights.pop(key, None))
         if self._on_failure is not None:
-            _tell(self._on_failure, failure)
+            tell(self._on_failure, failure)
 
     async def _fly(self, failure: AgentFailure, running: "_Running") -> None:
         try:
@@ -202,7 +202,7 @@ class RecoverySupervisor:
             self.counters[result["status"]] += 1
             _logger.info("%s of %s: %s", failure.thread_id, failure.agent_id, result["status"])
             if self._on_recovery is not None:
-                _tell(self._on_recovery, failure, result)
+                tell(self._on_recovery, failure, result)
 
     async def _recover(self, failure: AgentFailure, running: "_Running") -> RecoveryResult | None:
         runtime, supervised = running.runtime, self.workflows.get(failure.workflow or "")
@@ -248,14 +248,6 @@ class RecoverySupervisor:
             flight.cancel()
         if flights:
             await asyncio.wait(flights)
-
-
-def _tell(listener: Callable[..., None], *what: object) -> None:
-    """Tell somebody; what they make of it is not our affair."""
-    try:
-        listener(*what)
-    except Exception:
-        _logger.exception("a listener failed")
 
 
 def place_in_line(thread_id: str, me: str, supervisors: Collection[str]) -> int:

@@ -8,7 +8,7 @@ A real Apache Kafka on loopback is started and stopped.
 polls) to the roster of another process, which then holds it for dead. The sentinel runs in a third.
 Between the kills, records of a notice's size go the same way with bare aiokafka (`hop`), and
 `kernel` is what the kernel took from the kill to its word. So `hop` and a pidfd's waking are the
-floor of `known`.
+floor of `known`. What follows upon it, up to the workflow's next node: revival.py.
 """
 
 import argparse

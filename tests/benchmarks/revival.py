@@ -1,14 +1,15 @@
 """How soon a killed agent's workflow goes on elsewhere, stage by stage, beside a bare recoverer.
 
-    python tests/benchmarks/revival.py [--kills 60] [--silent 15] [--json FILE]
+    python tests/benchmarks/revival.py [--database sqlite|postgresql] [--kills 60] [--silent 15]
 
-A real Apache Kafka on loopback, once with SQLite and once with PostgreSQL for control database and
-checkpoints. A supervisor and three peers are warm; the peers remember five messages of each thread.
-An agent process is killed in the middle of a node; times are counted from the kill.
+A real Apache Kafka on loopback; control database and checkpoints in SQLite files, or in a
+PostgreSQL that syncs its files. A supervisor and three peers are warm; the peers remember five
+messages of each thread. An agent process is killed in the middle of a node; times are counted from
+the kill.
 
-`next node` is the first line of that node, run again in the supervisor. The yardstick, in turns
-with it on the same checkpointer: a process with nothing but the workflow holds the agent's pidfd
-and calls `ainvoke(None)` when the kernel says so; no lease, no claim, no peers.
+`next node` is the first line of that node, run again in the supervisor. The yardstick, after every
+second kill on the same checkpointer: a process with nothing but the workflow holds the agent's
+pidfd and calls `ainvoke(None)` when the kernel says so; no lease, no claim, no peers.
 
 `lost host`: the same without a sentinel, so that silence and the lease's end have to tell.
 """
@@ -23,7 +24,7 @@ import statistics
 import sys
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -54,7 +55,7 @@ from langgraph_peerctx.runtime import PeerContextRuntime
 
 AGENT, PEERS = "launcher", ("supplier", "carrier", "printer")
 WARM_UP = 5
-SETTLING_SECONDS = 0.3
+SETTLING_SECONDS = 0.2
 """An agent that has just started is left alone so long."""
 TARGET_MS = 150.0
 STAGES = (
@@ -281,9 +282,31 @@ class Stage:
         self.rss.append(psutil.Process(child.pid).memory_info().rss / 2**20)
         return child
 
+    async def revived(self, guard: Child, thread_id: str) -> dict[str, float]:
+        """Kill an agent; return when the supervisor reached each stage, in seconds since."""
+        child = await self.agent_in_node(thread_id, owns=True)
+        at, word_at = killed(child.pid)
+        _, _, status, reasons, reached = await guard.until("recovered", thread_id)
+        if status != "resumed" or reasons:
+            raise SystemExit(f"{thread_id}: {status}, {reasons}")
+        child.kill()
+        moments = {**reached, "kernel's word": word_at}
+        return {name: moment - at for name, moment in moments.items()}
+
+    async def run_on(self, plain: Child, thread_id: str) -> float:
+        """Kill an agent that owns nothing; return when the bare recoverer was in its node."""
+        child = await self.agent_in_node(thread_id, owns=False)
+        plain.tell(child.pid, thread_id)
+        await plain.until("watching", thread_id)
+        at, _ = killed(child.pid)
+        _, _, next_at = await plain.until("next node", thread_id)
+        await plain.until("recovered", thread_id)
+        child.kill()
+        return float(next_at - at)
+
 
 async def with_sentinel(made: World, kills: int) -> dict[str, Any]:
-    """Kills with the supervisor and with the bare recoverer take turns."""
+    """The supervisor's kills, and the bare recoverer's between them: both see the same machine."""
     stage = Stage(made)
     numbers = range(-WARM_UP, kills)
     threads = [f"thread-{WARM_UP + number}" for number in numbers]
@@ -291,25 +314,12 @@ async def with_sentinel(made: World, kills: int) -> dict[str, Any]:
     times: dict[str, list[float]] = {name: [] for name in STAGES}
     yardstick: list[float] = []
     for number, thread_id in zip(numbers, threads, strict=True):
-        child = await stage.agent_in_node(thread_id, owns=True)
-        at, word_at = killed(child.pid)
-        _, _, status, reasons, reached = await guard.until("recovered", thread_id)
-        if status != "resumed" or reasons:
-            raise SystemExit(f"{thread_id}: {status}, {reasons}")
-        child.kill()
-        other = f"bare-{thread_id}"
-        child = await stage.agent_in_node(other, owns=False)
-        plain.tell(child.pid, other)
-        await plain.until("watching", other)
-        bare_at, _ = killed(child.pid)
-        _, _, next_at = await plain.until("next node", other)
-        await plain.until("recovered", other)
-        child.kill()
-        if number < 0:
-            continue
-        yardstick.append(next_at - bare_at)
-        for name, moment in {**reached, "kernel's word": word_at}.items():
-            times[name].append(moment - at)
+        since_kill = await stage.revived(guard, thread_id)
+        if number >= 0:
+            for name, seconds in since_kill.items():
+                times[name].append(seconds)
+        if number % 2 == 0:
+            yardstick.append(await stage.run_on(plain, f"bare-{thread_id}"))
     return {
         "kills": kills,
         "rss_mb": round(statistics.median(stage.rss)),
@@ -317,7 +327,7 @@ async def with_sentinel(made: World, kills: int) -> dict[str, Any]:
         "from the kernel's word": figures(
             [a - b for a, b in zip(times["next node"], times["kernel's word"], strict=True)]
         ),
-        "yardstick": figures(yardstick),
+        "yardstick": figures(yardstick[WARM_UP // 2 :]),
     }
 
 
@@ -355,70 +365,65 @@ async def lost_host(made: World, kills: int) -> dict[str, Any]:
 
 
 async def measured(servers: str, database: str, kills: int, silent: int) -> dict[str, Any]:
-    rhythm = {"interval": 1.0, "pause": 3.0}
-    found = {}
-    async with AsyncExitStack() as stack:
-        enter = partial(world, servers, database, seed=1, **rhythm)
-        found["sentinel"] = await with_sentinel(
-            await stack.enter_async_context(enter(sentinel="connect")), kills
-        )
-        await stack.aclose()
-        found["lost host"] = await lost_host(await stack.enter_async_context(enter()), silent)
+    around = partial(world, servers, database, seed=1, interval=1.0, pause=3.0)
+    async with around(sentinel="connect") as made:
+        found = {"sentinel": await with_sentinel(made, kills)}
+    async with around() as made:
+        found["lost host"] = await lost_host(made, silent)
     return found
 
 
-def print_one(database: str, found: dict[str, Any]) -> None:
-    row = found["sentinel"]
+def print_sentinel(found: dict[str, Any]) -> None:
     print(
-        f"\n{database}: {row['kills']} kills of a process of {row['rss_mb']} MB, "
-        "milliseconds since the kill"
+        f"{found['kills']} kills of a process of {found['rss_mb']} MB, milliseconds since the kill"
     )
     before = 0.0
     for name in STAGES:
-        stage = row["stages"][name]
-        print(
-            f"{name:>24}  p50 {stage['p50']:>7} ({stage['p50'] - before:>+7.2f})  "
-            f"p99 {stage['p99']:>7}  max {stage['max']:>7}"
-        )
-        before = stage["p50"]
+        print_row(name, found["stages"][name], f"({found['stages'][name]['p50'] - before:+.2f})")
+        before = found["stages"][name]["p50"]
     for name in ("from the kernel's word", "yardstick"):
-        print(f"{name:>24}  p50 {row[name]['p50']:>7}" + " " * 12, end="")
-        print(f"p99 {row[name]['p99']:>7}  max {row[name]['max']:>7}")
-    met = "met" if row["stages"]["next node"]["p50"] < TARGET_MS else "MISSED"
+        print_row(name, found[name])
+    met = "met" if found["stages"]["next node"]["p50"] < TARGET_MS else "MISSED"
     print(f"target p50 < {TARGET_MS:g} ms: {met}")
-    row = found["lost host"]
-    print(f"{database}: lost host, {row['kills']} kills, milliseconds since the kill")
+
+
+def print_lost_host(found: dict[str, Any]) -> None:
+    print(f"lost host, {found['kills']} kills, milliseconds since the kill")
     for name in ("the lease runs out", "known", "next node", "silent when known"):
-        figure = row[name]
-        print(f"{name:>24}  p50 {figure['p50']:>8}  p99 {figure['p99']:>8}")
-    limit = 1_000 * row["limit_seconds"]
-    met = "met" if row["next node"]["max"] <= limit else "MISSED"
+        print_row(name, found[name])
+    limit = 1_000 * found["limit_seconds"]
+    met = "met" if found["next node"]["max"] <= limit else "MISSED"
     print(f"target within {limit:g} ms: {met}")
+
+
+def print_row(name: str, row: dict[str, float], more: str = "") -> None:
+    print(f"{name:>24}  p50 {row['p50']:>8} {more:>9}  p99 {row['p99']:>8}  max {row['max']:>8}")
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--database", choices=("sqlite", "postgresql"), default="sqlite")
     options.add_argument("--kills", type=int, default=60)
     options.add_argument("--silent", type=int, default=15)
-    options.add_argument("--database", choices=("sqlite", "postgresql", "both"), default="both")
-    options.add_argument("--json", type=Path, default=Path("bench-results/revival.json"))
+    options.add_argument("--json", type=Path, default=None)
     chosen = options.parse_args()
-    load = os.getloadavg()[0]
-    print(f"{os.cpu_count()} cores, load {load:.2f}, real Kafka, loopback")
-    results: dict[str, Any] = {}
-    with KafkaServer() as kafka:
-        measure = partial(
-            measured, kafka.bootstrap_servers, kills=chosen.kills, silent=chosen.silent
+    loads = [os.getloadavg()[0]]
+    with ExitStack() as stack:
+        kafka, database = stack.enter_context(KafkaServer()), "sqlite"
+        if chosen.database == "postgresql":
+            server = stack.enter_context(PostgresServer())
+            database = stack.enter_context(server.database())
+        found = asyncio.run(
+            measured(kafka.bootstrap_servers, database, chosen.kills, chosen.silent)
         )
-        if chosen.database != "postgresql":
-            results["SQLite"] = asyncio.run(measure(database="sqlite"))
-            print_one("SQLite", results["SQLite"])
-        if chosen.database != "sqlite":
-            with PostgresServer() as server, server.database() as url:
-                results["PostgreSQL"] = asyncio.run(measure(database=url))
-            print_one("PostgreSQL", results["PostgreSQL"])
-    chosen.json.parent.mkdir(parents=True, exist_ok=True)
-    chosen.json.write_text(json.dumps({"cores": os.cpu_count(), **results}, indent=1) + "\n")
+    loads.append(os.getloadavg()[0])
+    shown = " to ".join(f"{load:.1f}" for load in loads)
+    print(f"{chosen.database}; {os.cpu_count()} cores, load {shown}, real Kafka, loopback")
+    print_sentinel(found["sentinel"])
+    print_lost_host(found["lost host"])
+    file = chosen.json or Path(f"bench-results/revival-{chosen.database}.json")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"cores": os.cpu_count(), "load": loads, **found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Freezing a process at a named place of its own: it stops itself, and is thawed from outside."""
 
-import os
 import signal
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ class Freezing:
         self._left = after
         self._ahead = ahead
 
-    def __call__(self) -> None:
+    def __call__(self, _orders: object) -> None:
         """Arm this process; runs in it, before anything else."""
         if self._ahead:
             behind = SimpleNamespace(time_ns=_ahead)
@@ -44,7 +44,15 @@ class Freezing:
     def _pass(self) -> None:
         self._left -= 1
         if self._left == 0:
-            os.kill(os.getpid(), signal.SIGSTOP)
+            stop_here()
+
+
+def stop_here() -> None:
+    """Stop this process at this very place.
+
+    Sent to the process, another thread would take the signal, and this one would go on meanwhile.
+    """
+    signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
 
 
 def _ahead() -> int:

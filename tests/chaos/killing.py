@@ -28,7 +28,7 @@ class Killing:
     def __init__(self, place: str) -> None:
         self._place = place
 
-    def __call__(self) -> None:
+    def __call__(self, _orders: object) -> None:
         for name in NODES:
             _arm(name, self._place)
         if self._place == INSIDE:

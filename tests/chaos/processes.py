@@ -81,6 +81,10 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
+    @property
+    def is_stopped(self) -> bool:
+        return _state(self.pid) == "T"
+
     def freeze(self) -> None:
         self.signal(signal.SIGSTOP)
 
@@ -90,7 +94,7 @@ class Child:
     async def stops_or_says(self, *beginning: Any, within: float = 30) -> None:
         """Wait until a SIGSTOP has taken hold, or it says something that begins so."""
         deadline = time.monotonic() + within
-        while _state(self.pid) != "T" and not self.has_said(*beginning):
+        while not self.is_stopped and not self.has_said(*beginning):
             assert time.monotonic() < deadline, f"it neither stops nor says {beginning}"
             await asyncio.sleep(0.005)
 
@@ -152,7 +156,7 @@ class Orders:
 async def agent(orders: Orders, scenario: Scenario, name: str, arm: Any = None) -> None:
     """An agent that runs what it is told, and answers its peers meanwhile."""
     if arm is not None:
-        arm()
+        arm(orders)
     settings = scenario.settings(f"{name}-{os.getpid()}")
     async with (
         scenario.checkpointer() as saver,
@@ -186,7 +190,7 @@ async def sentinel(orders: Orders, scenario: Scenario) -> None:
 async def supervisor(orders: Orders, scenario: Scenario, name: str, arm: Any = None) -> None:
     """A supervisor that says what it sees and does."""
     if arm is not None:
-        arm()
+        arm(orders)
     settings = scenario.settings(f"{name}-{os.getpid()}")
     async with scenario.checkpointer() as saver:
         app = workflow(scenario, saver, f"{os.getpid()}")

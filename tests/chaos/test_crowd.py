@@ -59,6 +59,7 @@ async def test_a_process_beats_and_renews_once_an_interval_however_many_agents_i
         await asyncio.sleep(1)
         counts = beats.between(began, began + SECONDS)
         present = observer.presence.roster.present()
+        agents = [agent for member in present for agent in member.beat.agents]
         await everybody.end()
         await reading.close()
 
@@ -66,7 +67,6 @@ async def test_a_process_beats_and_renews_once_an_interval_however_many_agents_i
     assert {process for process, _ in counts} == {*everybody.children, "observer"}
     assert len(counts) == processes + 1, "one life each"
     assert all(abs(count - SECONDS) <= 1 for count in counts.values()), counts
-    agents = [agent for member in present for agent in member.beat.agents]
     assert len(set(agents)) == len(agents) == processes * AGENTS
     for name in everybody.children:
         assert after[name].held == AGENTS

@@ -7,6 +7,7 @@ import time
 
 import pytest
 from chaos import scenario
+from chaos.processes import Orders
 from chaos.scenario import FINAL
 from chaos.world import world
 from services.kafka import KafkaServer, free_ports
@@ -85,16 +86,23 @@ async def test_an_agent_cut_from_the_database_loses_its_thread_not_before_its_ti
 async def test_a_regular_expression_that_holds_the_interpreter_costs_nobody_its_thread(
     kafka: KafkaServer, database: str, seed: int
 ) -> None:
-    """Its heartbeats stay away for 5.5 s, with the intervals of production."""
+    """Its heartbeats stay away for 5 s, with the intervals of production."""
     async with world(kafka.bootstrap_servers, database, seed=seed, interval=1.0, pause=3.0) as made:
         await made.start_supervisor("guard")
-        child = await made.start_agent("alpha", arm=hold_the_interpreter)
-        made.run("alpha", "t")
-        (_, _, log) = await child.until("done", "t", within=90)
+        for number in range(4):
+            thread_id = f"t{number}"
+            child = await made.start_agent("alpha", arm=hold_the_interpreter)
+            made.run("alpha", thread_id)
+            await made.ended(thread_id, within=90)
+            (_, held_seconds) = await child.until("held", within=90)
+            if held_seconds < made.scenario.settings("x").lease_seconds - 1.5:
+                break  # otherwise the machine was too busy: it held on for longer than it may
+        assert held_seconds > made.scenario.settings("x").silence_seconds
+        assert made.seen(thread_id) == []
+        (_, _, log) = await child.until("done", thread_id)
         assert log == FINAL
-        assert made.seen("t") == []
         kinds = await made.check()
-    assert kinds == {"undisturbed": 1}
+    assert kinds["undisturbed"] >= 1
 
 
 async def test_an_agent_whose_loop_is_stuck_is_replaced_and_refused_when_it_is_back(
@@ -113,25 +121,27 @@ async def test_an_agent_whose_loop_is_stuck_is_replaced_and_refused_when_it_is_b
     assert whys == {"stuck"}
 
 
-def sleep_on_the_loop() -> None:
+def sleep_on_the_loop(_orders: Orders) -> None:
     """Arm a process: one node blocks its loop for longer than it may."""
     scenario.in_node = lambda name: time.sleep(8) if name == "join" else None
 
 
-HELD_SECONDS = 5.5
+HELD_SECONDS = 5.0
 """More than a pause and an interval, less than a lease."""
 
 
-def hold_the_interpreter() -> None:
-    """Arm a process: in one node it looks for a pattern for so long."""
+def hold_the_interpreter(orders: Orders) -> None:
+    """Arm a process: in one node it looks for a pattern for so long, and says how long it was."""
 
     def search(name: str) -> None:
         if name == "join":
-            some = 5_000
+            some = 20_000
             began = time.monotonic()
             re.search("a*b", "a" * some)
             took = time.monotonic() - began
+            began = time.monotonic()
             # It takes four times as long for twice as much.
             re.search("a*b", "a" * int(some * math.sqrt(HELD_SECONDS / took)))
+            orders.say("held", time.monotonic() - began)
 
     scenario.in_node = search

@@ -3,9 +3,12 @@
 import asyncio
 
 import pytest
-from chaos.freezing import PLACES, Freezing
+from chaos import scenario
+from chaos.freezing import PLACES, Freezing, stop_here
 from chaos.world import World, world
 from services.kafka import KafkaServer
+
+from langgraph_peerctx.persistence.incidents import ControlDatabase
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(3_600)]
 AGENTS = ("alpha", "beta", "gamma", "delta")
@@ -23,6 +26,7 @@ async def freeze_on(world: World, name: str, places: list[str]) -> list[str]:
             await asyncio.sleep(world.random.uniform(0.05, 0.8))
             child.freeze()
         await child.stops_or_says("done", thread_id)
+        await world.freeze_elsewhere_if_in_the_way(child)
         await world.ended(thread_id)
         child.thaw()
         said = await child.until_one_of(("done", thread_id), ("refused", thread_id))
@@ -49,3 +53,39 @@ async def test_frozen_agents_are_replaced_and_nothing_of_theirs_counts_afterward
     print(f"{times} freezes: {dict(kinds)}; the thawed: {sorted(ends)}")
     assert set(ends) <= {"done", "StaleOwnerError"}
     assert ends.count("StaleOwnerError") >= times / 3
+
+
+async def test_on_sqlite_a_process_frozen_inside_a_commit_is_in_the_way_until_it_is_killed(
+    kafka: KafkaServer, seed: int
+) -> None:
+    """Nobody can take its thread, since nobody can write; nothing is lost."""
+    async with world(kafka.bootstrap_servers, "sqlite", seed=seed) as made:
+        await made.start_supervisor("guard")
+        child = await made.start_agent("alpha", freeze_inside_a_commit)
+        made.run("alpha", "t")
+        await child.stops_or_says("done", "t")
+        await asyncio.sleep(2 * made.scenario.settings("x").lease_seconds)
+        assert made.recovered("t") == []
+        assert made.is_locked()
+        child.kill()
+        kinds = await made.check()
+    assert kinds == {"resumed": 1}
+
+
+def freeze_inside_a_commit(_orders: object) -> None:
+    """Arm a process: it stops when it has the control file's lock, at the end of its run."""
+
+    def end(self: ControlDatabase, *_: object, **__: object) -> bool:
+        def work(_connection: object) -> bool:
+            stop_here()
+            return True
+
+        return self._work(work, transaction=True)
+
+    ControlDatabase.end = end  # type: ignore[method-assign]
+    scenario.in_node = _fail_at_the_end
+
+
+def _fail_at_the_end(name: str) -> None:
+    if name == "end":
+        raise RuntimeError("so that there is work left")

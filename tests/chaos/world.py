@@ -2,12 +2,14 @@
 
 import asyncio
 import random
+import sqlite3
 import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from chaos.processes import Child, agent, sentinel, supervisor
@@ -62,6 +64,20 @@ class World:
         child = self.agents[name]
         child.tell("run", thread_id)
         return child
+
+    async def freeze_elsewhere_if_in_the_way(self, child: Child) -> None:
+        """See that a frozen process is not inside a commit: on SQLite its files stay locked."""
+        while child.is_stopped and self.is_locked():
+            child.thaw()
+            await asyncio.sleep(0.002)
+            child.freeze()
+            await child.stops_or_says("nothing")
+
+    def is_locked(self) -> bool:
+        """Tell whether anybody is inside a commit on one of SQLite's files."""
+        if self.scenario.database != "sqlite":
+            return False
+        return any(map(_is_locked, Path(self.scenario.folder).glob("*.db")))
 
     async def ended(self, thread_id: str, within: float = 60) -> str:
         """Wait until a run has ended, whoever brought it there; return how."""
@@ -146,6 +162,17 @@ class World:
     async def close(self) -> None:
         for child in [*self.agents.values(), *self.supervisors, *self.retired]:
             child.kill()
+
+
+def _is_locked(file: Path) -> bool:
+    """Tell whether a file stays locked for longer than a commit takes."""
+    with closing(sqlite3.connect(file, timeout=0.25, isolation_level=None)) as connection:
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError:
+            return True
+        connection.execute("ROLLBACK")
+        return False
 
 
 async def chain_of(

@@ -99,10 +99,18 @@ def test_an_acceptable_pause_is_accepted_and_no_more() -> None:
 
 def test_only_the_newest_intervals_count() -> None:
     slow_once, fast = arrivals(), arrivals()
-    now = heard(slow_once, *[0.5] * 50, *[0.2] * 200)
-    assert now == pytest.approx(65)
-    then = heard(fast, *[0.2] * 201)
-    assert slow_once.phi(now + 0.5) == pytest.approx(fast.phi(then + 0.5), abs=0.2)
+    now = heard(slow_once, *[1.5] * 50, *[0.6] * 200)
+    assert now == pytest.approx(195)
+    then = heard(fast, *[0.6] * 201)
+    assert slow_once.phi(now + 0.9) == pytest.approx(fast.phi(then + 0.9), abs=0.2)
+
+
+def test_a_beat_out_of_turn_teaches_nothing() -> None:
+    """A process beats at once when it has news; its next silence is no less suspicious."""
+    regular, eager = arrivals(pause=3), arrivals(pause=3)
+    now = heard(regular, *[1.0] * 10)
+    then = heard(eager, *[1.0, 0.01, 0.02, 0.97] * 4)
+    assert eager.phi(then + 4.7) == pytest.approx(regular.phi(now + 4.7), abs=0.5)
 
 
 def test_silence_that_we_could_not_hear_is_nobodys_fault() -> None:

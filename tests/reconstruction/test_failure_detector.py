@@ -314,7 +314,7 @@ async def test_an_owner_that_nobody_ever_heard_is_lost_when_its_lease_expires(
     settled: World,
 ) -> None:
     settled.own("c")
-    await settled.live(8, "a", "b")
+    await settled.live(7, "a", "b")
     assert settled.told == []
     await settled.live(1, "a", "b")
     assert settled.told == [("c", "silent")]
@@ -323,7 +323,7 @@ async def test_an_owner_that_nobody_ever_heard_is_lost_when_its_lease_expires(
 
 async def test_who_is_stuck_is_lost_when_its_lease_expires(settled: World) -> None:
     settled.lags["b"] = SETTINGS.stuck_seconds
-    await settled.live(8, "a", "b")
+    await settled.live(7, "a", "b")
     assert settled.told == []
     assert (await settled.state("b")).state == "stuck"
     await settled.live(1, "a", "b")
@@ -857,12 +857,12 @@ async def running() -> AsyncIterator[World]:
         yield world
 
 
-async def test_it_looks_at_the_start_and_twice_an_interval() -> None:
-    """Four looks, three halves of an interval between them."""
+async def test_it_looks_at_the_start_and_four_times_an_interval() -> None:
+    """Seven looks, six quarters of an interval between them."""
     world = World(SETTINGS.model_copy(update={"heartbeat_interval_seconds": 0.4}))
     async with world.detector:
         began = asyncio.get_running_loop().time()
-        await until(lambda: world.rows.asked == 4)
+        await until(lambda: world.rows.asked == 7)
         assert 0.6 <= asyncio.get_running_loop().time() - began < 1.2
 
 
