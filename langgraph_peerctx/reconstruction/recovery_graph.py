@@ -49,7 +49,13 @@ from langgraph_peerctx.protocol.messages import InDoubtKey
 from langgraph_peerctx.reconstruction.approval import Thresholds, is_approved, what_to_approve
 from langgraph_peerctx.reconstruction.checkpoint import CheckpointView, load_checkpoint
 from langgraph_peerctx.reconstruction.evidence import reconstruct
-from langgraph_peerctx.reconstruction.incident import OnStep, StepRecord, incident_record, timed
+from langgraph_peerctx.reconstruction.incident import (
+    OnStep,
+    StepRecord,
+    incident_record,
+    tell,
+    timed,
+)
 from langgraph_peerctx.reconstruction.plain import plain
 from langgraph_peerctx.reconstruction.resume import (
     Admitted,
@@ -246,7 +252,8 @@ class RecoverySteps:
         settings, source = plan.settings, plan.source
         self._position = Position(settings, source)
         self._request = RequestContext(plan.limits, settings, source)
-        self._collect = CollectContext(plan.limits, _gathered, settings, source, plan.on_answer)
+        on_answer = plan.on_answer and partial(tell, plan.on_answer)
+        self._collect = CollectContext(plan.limits, _gathered, settings, source, on_answer)
 
     def graph(self) -> StateGraph[Any, Any, Any, Any]:
         """Return the graph, not compiled."""

@@ -110,7 +110,8 @@ def test_a_beat_out_of_turn_teaches_nothing() -> None:
     regular, eager = arrivals(pause=3), arrivals(pause=3)
     now = heard(regular, *[1.0] * 10)
     then = heard(eager, *[1.0, 0.01, 0.02, 0.97] * 4)
-    assert eager.phi(then + 4.7) == pytest.approx(regular.phi(now + 4.7), abs=0.5)
+    assert regular.phi(now + 4.7) > THRESHOLD
+    assert eager.phi(then + 4.7) > THRESHOLD
 
 
 def test_silence_that_we_could_not_hear_is_nobodys_fault() -> None:
