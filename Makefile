@@ -54,6 +54,8 @@ bench: $(VENV)/dev
 	$(BIN)/python tests/benchmarks/gather.py
 	$(BIN)/python tests/benchmarks/langgraph_face.py
 	$(BIN)/python tests/benchmarks/event_store.py
+	$(BIN)/python tests/benchmarks/fence.py
+	$(BIN)/python tests/benchmarks/death.py
 	$(BIN)/python tests/benchmarks/revival.py --database sqlite
 	$(BIN)/python tests/benchmarks/revival.py --database postgresql
 	$(BIN)/python tests/benchmarks/dead_peer.py

@@ -91,6 +91,7 @@ class Ownership:
         self._held: dict[Key, Held] = {}
         self._lost: dict[Key, int] = {}
         self._owed: dict[Key, Callable[[], object]] = {}
+        self._changing: set[Key] = set()
         self._lock = threading.Lock()
         self._lives = 0
         self.is_leaving: bool = False
@@ -173,10 +174,15 @@ class Ownership:
 
     def give(self, held: Held) -> bool:
         """Give a thread back; tell whether it was still ours."""
-        self.drop(held)
-        return self._leases.release(
-            held.agent_id, held.thread_id, incarnation=self.owner.incarnation
-        )
+        with self._lock:  # who took it before it is given back, would lose it
+            self._changing.add(held.key)
+        try:
+            self.drop(held)
+            return self._leases.release(
+                held.agent_id, held.thread_id, incarnation=self.owner.incarnation
+            )
+        finally:
+            self._changing.discard(held.key)
 
     def end(self, held: Held, run_id: str, kind: EndKind, *, error: str | None = None) -> bool:
         """End a run and give its thread back; see `Runs.end`."""
@@ -349,14 +355,21 @@ class Ownership:
     def _taken(self, agent_id: str, thread_id: str, take: Callable[[], Lease]) -> Held:
         """Take a thread that nobody in here has, when what is owed of it is paid."""
         key = agent_id, thread_id
-        if key in self._held:
+        with self._lock:
+            is_busy = key in self._held or key in self._changing
+            if not is_busy:  # a database cannot tell two of one process apart
+                self._changing.add(key)
+        if is_busy:
             raise ThreadBusyError(
                 f"thread {thread_id!r:.80} of {agent_id} is at work in this process: wait until "
                 "its run has ended"
             )
-        self._pay(key)
-        asked_at = self._clock()
-        return self.hold(take(), asked_at)
+        try:
+            self._pay(key)
+            asked_at = self._clock()
+            return self.hold(take(), asked_at)
+        finally:
+            self._changing.discard(key)
 
     def _pay(self, key: Key) -> None:
         write = self._owed.get(key)
