@@ -286,7 +286,6 @@ class Recoverer:
             channel=supervised.peer_context_channel,
             context=await _context(workflow, run, supervised.context_factory),
             config=_merged(supervised.config, said),
-            durability=run.durability,
             use_peer_context=supervised.use_peer_context,
             limits=Limits(
                 expect=supervised.expect,

@@ -8,10 +8,13 @@ from langgraph.prebuilt import ToolNode
 
 from langgraph_peerctx import (
     AgentContextService,
+    AgentFailure,
     AgentReconstructor,
     ContextRequestHandler,
     EmbeddedBroker,
     EventStore,
+    FencedCheckpointer,
+    Incident,
     Interaction,
     KafkaConfig,
     KafkaMessageConsumer,
@@ -22,14 +25,21 @@ from langgraph_peerctx import (
     PeerContextRuntime,
     PeerContextSettings,
     PeerContextState,
+    ProcessState,
     Reconstruction,
     RecoveryResult,
+    RecoverySupervisor,
+    Run,
+    SupervisedWorkflow,
+    aanswer_recovery,
     arecord_interaction,
     create_ask_peers_tool,
     create_peer_context_subgraph,
     create_recovery_graph,
     get_service_manager,
     merge_peer_context,
+    own_runs,
+    owned,
     peer_context_lifespan,
     peer_context_retry_policy,
     record_interaction,
@@ -128,3 +138,37 @@ async def recovering() -> str:
     )
     del evidence
     return result["status"]
+
+
+async def owning() -> dict[str, Any]:
+    builder = StateGraph(State)
+    builder.add_node("write", lambda state: {"topic": state["topic"]})
+    builder.add_edge(START, "write")
+    workflow = builder.compile(checkpointer=FencedCheckpointer(InMemorySaver()), name="launch")
+    async with owned(workflow, agent_id="product-agent-1", thread_id="thread-1") as run:
+        final: dict[str, Any] = await run.ainvoke({"topic": "umbrella"})
+        async for chunk in run.astream({"topic": "umbrella"}, stream_mode="updates"):
+            del chunk
+    served = own_runs(workflow, agent_id="product-agent-1", name="launch")
+    await served.ainvoke({"topic": "x"}, {"configurable": {"thread_id": "thread-2"}})
+    async with peer_context_lifespan(agent_id="product-agent-1", workflow=workflow):
+        pass
+    return final
+
+
+def make_context(run: Run) -> dict[str, str]:
+    return {"tenant": run.thread_id}
+
+
+def tell(failure: AgentFailure, result: RecoveryResult) -> None:
+    words: tuple[str, str, str] = failure.agent_id, failure.why, result["status"]
+    del words
+
+
+async def supervising(workflow: Any) -> Incident:
+    supervised = SupervisedWorkflow(workflow=workflow, context_factory=make_context)
+    async with RecoverySupervisor({"launch": supervised}, on_recovery=tell) as supervisor:
+        states: list[ProcessState] = await supervisor.states()
+        result: RecoveryResult = await supervisor.recover("product-agent-1", "thread-1")
+    del states, result
+    return await aanswer_recovery("5e0c", True)  # noqa: FBT003 - the answer
