@@ -146,8 +146,10 @@ class Ownership:
             StoreError: If the database failed; what may have been written is taken back later.
         """
         begin = self.control.reopen if goes_on else self.control.admit
+        self._see_that_it_is_idle((run.agent_id, run.thread_id))
+        asked_at = self._clock()
         try:
-            return self._taken(run.agent_id, run.thread_id, lambda: begin(run, self.owner))
+            return self.hold(begin(run, self.owner), asked_at)
         except StoreError:
             self._doubt(run)
             raise
@@ -168,9 +170,9 @@ class Ownership:
             ThreadBusyError: If anybody is at work on the thread, or a run of it is open.
             StoreError: If the database failed.
         """
-        return self._taken(
-            agent_id, thread_id, lambda: self.control.take(agent_id, thread_id, self.owner)
-        )
+        self._see_that_it_is_idle((agent_id, thread_id))
+        asked_at = self._clock()
+        return self.hold(self.control.take(agent_id, thread_id, self.owner), asked_at)
 
     def give(self, held: Held) -> bool:
         """Give a thread back; tell whether it was still ours."""
@@ -352,24 +354,14 @@ class Ownership:
         why = ": claim it first" if epoch is None else f" any more: we held epoch {epoch}"
         raise StaleOwnerError(f"thread {thread_id!r:.80} is not ours{why}")
 
-    def _taken(self, agent_id: str, thread_id: str, take: Callable[[], Lease]) -> Held:
-        """Take a thread that nobody in here has, when what is owed of it is paid."""
-        key = agent_id, thread_id
-        with self._lock:
-            is_busy = key in self._held or key in self._changing
-            if not is_busy:  # a database cannot tell two of one process apart
-                self._changing.add(key)
-        if is_busy:
+    def _see_that_it_is_idle(self, key: Key) -> None:
+        """See that nobody in here has a thread, and that what is owed of it is paid."""
+        if key in self._held:
             raise ThreadBusyError(
-                f"thread {thread_id!r:.80} of {agent_id} is at work in this process: wait until "
-                "its run has ended"
+                f"thread {key[1]!r:.80} of {key[0]} is at work in this process: wait until its run "
+                "has ended"
             )
-        try:
-            self._pay(key)
-            asked_at = self._clock()
-            return self.hold(take(), asked_at)
-        finally:
-            self._changing.discard(key)
+        self._pay(key)
 
     def _pay(self, key: Key) -> None:
         write = self._owed.get(key)
