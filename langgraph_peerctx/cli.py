@@ -10,10 +10,11 @@ the thread.
 
 import json
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-from langgraph_peerctx.errors import ConfigurationError, PeerContextError
+from langgraph_peerctx.errors import ConfigurationError, PeerContextError, ProtocolError
 from langgraph_peerctx.persistence.incidents import IncidentStatus
 
 try:
@@ -57,6 +58,23 @@ Config = Annotated[
 IncidentId = Annotated[str, typer.Argument(help="Its id, or a beginning that no other has.")]
 
 
+def _tell_version(is_asked: bool) -> None:  # noqa: FBT001 - as typer calls it
+    if is_asked:
+        print(f"peerctx {version('langgraph-peerctx')}")  # noqa: T201 - the output
+        raise typer.Exit
+
+
+@app.callback()
+def peerctx(
+    *,
+    _: Annotated[
+        bool,
+        typer.Option("--version", callback=_tell_version, is_eager=True, help="Tell the version."),
+    ] = False,
+) -> None:
+    """See the app's own help."""
+
+
 @app.command()
 def topics(
     *,
@@ -94,15 +112,24 @@ def agents(
         bool,
         typer.Option("--watch/--once", help="Keep showing it; without a terminal always once."),
     ] = True,
+    wide: Annotated[
+        bool, typer.Option("--wide", help="Life, phi, loop lag and sentinel, too.")
+    ] = False,
+    all_: Annotated[
+        bool,
+        typer.Option("--all", help="Those, too, that have long left or died, and our commands."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show how every process is: heartbeats, leases, and why it is taken for what it is.
+
+    "runs" has the open runs that it tells of, and the leases that it holds. JSON has all.
 
     Exit codes: 0 it was shown; 1 there is no broker, or a database cannot be read.
     """
     from langgraph_peerctx.commands.agents import show_agents
 
-    show_agents(watch=watch, as_json=as_json)
+    show_agents(watch=watch, as_json=as_json, is_wide=wide, shows_all=all_)
 
 
 @app.command()
@@ -175,6 +202,19 @@ def sentinel(
     watch(idle_seconds, as_json=as_json)
 
 
+@app.command()
+def broker() -> None:
+    """Run a broker for development, with the topics that are needed, until SIGTERM or SIGINT.
+
+    It keeps nothing and is not for production. Needs the extra `embedded`.
+
+    Exit codes: 0 it was told to end; 1 it did not start; 2 the extra is missing.
+    """
+    from langgraph_peerctx.commands.developing import run_broker
+
+    run_broker()
+
+
 @incidents.command(name="list")
 def list_(
     *,
@@ -221,7 +261,7 @@ def main() -> None:
     """Run the command; a wrong setting is said in a sentence, not in a traceback."""
     try:
         app()
-    except ConfigurationError as error:
+    except (ConfigurationError, ProtocolError) as error:  # an illegal id is a wrong command line
         print(f"peerctx: {error}", file=sys.stderr)  # noqa: T201 - the output
         sys.exit(2)
     except PeerContextError as error:

@@ -248,6 +248,11 @@ class PeerContextSettings(EnvironmentSettings):
         return self.control_database_url or self.database_url
 
     @property
+    def has_shared_control(self) -> bool:
+        """Whether agents and recoverers may share it: an agent's own SQLite file nobody does."""
+        return self.control_database_url is not None or not self.database_url.startswith("sqlite")
+
+    @property
     def silence_seconds(self) -> float:
         """How long a heartbeat may stay away, interval and pause together."""
         return self.heartbeat_interval_seconds + self.heartbeat_pause_seconds

@@ -142,6 +142,11 @@ class PeerContextRuntime:
 
     async def _begin_to_own(self, presence: Presence) -> Ownership:
         settings = self.settings
+        if not settings.has_shared_control:
+            _logger.warning(
+                "nobody else can recover what is run here: PEER_CONTEXT_CONTROL_DATABASE_URL names "
+                "no database that is shared"
+            )
         control = await open_in_thread(
             ControlDatabase,
             settings.control_url,

@@ -262,6 +262,9 @@ async def _open(place: WorkflowPlace, stack: AsyncExitStack) -> SupervisedWorkfl
 
 async def _made(place: WorkflowPlace, factory: Any, stack: AsyncExitStack) -> object:
     """Call what makes a workflow, and enter or await what it returns."""
+    is_manager = hasattr(factory, "__enter__") or hasattr(factory, "__aenter__")
+    if inspect.isclass(factory) and not is_manager:
+        raise ConfigurationError(f"{place} is a class, not a graph or a function")
     try:
         inspect.signature(factory).bind()
     except (TypeError, ValueError) as error:

@@ -20,6 +20,7 @@ from langgraph_peerctx import background
 from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.durability.admission import config_of, context_of, input_of
 from langgraph_peerctx.errors import (
+    CheckpointerError,
     ConfigurationError,
     StaleOwnerError,
     StoreError,
@@ -127,6 +128,22 @@ async def test_what_raises_is_written_down_as_that(control: ControlDatabase) -> 
             await run.ainvoke({"log": []})
     assert (newest(control).end_kind, newest(control).error) == ("raised", "ValueError: no paper")
     assert control.lost_runs() == []
+
+
+async def test_a_run_whose_checkpointer_fails_has_not_failed_by_itself(
+    control: ControlDatabase,
+) -> None:
+    class Failing(InMemorySaver):
+        async def aput(self, *arguments: Any) -> Any:
+            if arguments[2]["step"] == 1:
+                raise OSError("the disk is gone")
+            return await super().aput(*arguments)
+
+    async with owned(workflow(saver=Failing()), agent_id=AGENT, thread_id=THREAD) as run:
+        with pytest.raises(CheckpointerError, match="the disk is gone"):
+            await run.ainvoke({"log": []})
+    assert newest(control).end_kind == "handed_over"
+    assert [lost.run_id for lost in control.lost_runs()] == [newest(control).run_id]
 
 
 async def test_what_its_caller_cancels_is_not_to_be_recovered(control: ControlDatabase) -> None:

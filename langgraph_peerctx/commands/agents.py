@@ -8,14 +8,17 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from typing import TypeAlias
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
-from rich.table import Table
+from rich.segment import Segment
+from rich.table import Column
 from rich.text import Text
 
-from langgraph_peerctx.commands.printing import ago, print_json, say, table_of
+from langgraph_peerctx.commands.control import where_none_is
+from langgraph_peerctx.commands.naming import is_a_command, looker_id
+from langgraph_peerctx.commands.printing import ago, folded, lean_table, print_json, say, whole
 from langgraph_peerctx.commands.until_told import run_until_told
-from langgraph_peerctx.config import PeerContextSettings, default_process_id
+from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.errors import BrokerUnavailableError, StoreError
 from langgraph_peerctx.persistence.database import open_in_thread
 from langgraph_peerctx.persistence.incidents import ControlDatabase
@@ -29,6 +32,10 @@ from langgraph_peerctx.reconstruction.failure_detector import (
 from langgraph_peerctx.runtime import PeerContextRuntime
 
 POLL_SECONDS = 0.05
+OVER_SECONDS = 60.0
+"""For so long one who left, or died and holds nothing, is of interest."""
+_ID_WIDTH, _WHY_WIDTH = 24, 14
+"""In 80 columns an id is rather whole than a sentence on one line."""
 _COLOURS: dict[State, str] = {
     "alive": "green",
     "slow": "yellow",
@@ -42,8 +49,12 @@ _COLOURS: dict[State, str] = {
 States: TypeAlias = Sequence[ProcessState]
 
 
-def show_agents(*, watch: bool, as_json: bool) -> None:
+def show_agents(
+    *, watch: bool, as_json: bool, is_wide: bool = False, shows_all: bool = False
+) -> None:
     """Print how every process is, once, or again each heartbeat interval until it is ended.
+
+    JSON has everything of everybody.
 
     Raises:
         BrokerUnavailableError: If there is no broker, or our own heartbeat does not come back.
@@ -53,18 +64,18 @@ def show_agents(*, watch: bool, as_json: bool) -> None:
         update={
             "mock_mode": "never",
             "sentinel": "off",
-            # A process of its own, whatever the agents of this environment are called.
-            "process_id": f"peerctx-{default_process_id()}"[:64],
+            "process_id": looker_id(),
         }
     )
+    how = _How(is_wide=is_wide, shows_all=shows_all)
     if watch and sys.stdout.isatty() and not as_json:
-        run_until_told(lambda: _watch(settings))
+        run_until_told(lambda: _watch(settings, how))
         return
     states = asyncio.run(_once(settings))
     if as_json:
         print_json([asdict(state) for state in states])
     else:
-        Console().print(_table(states))
+        Console().print(how.table(states))
 
 
 async def _once(settings: PeerContextSettings) -> States:
@@ -72,11 +83,12 @@ async def _once(settings: PeerContextSettings) -> States:
         return await look.settled()
 
 
-async def _watch(settings: PeerContextSettings) -> None:
+async def _watch(settings: PeerContextSettings, how: "_How") -> None:
     async with _looking(settings) as look:
-        with Live(_table(await look.states()), auto_refresh=False) as live:
+        with Live(auto_refresh=False) as live:
             while True:
-                live.update(_table(await look.states(), await look.caption()), refresh=True)
+                table = how.table(await look.states(), await look.caption())
+                live.update(Fitted(table), refresh=True)
                 await asyncio.sleep(settings.heartbeat_interval_seconds)
 
 
@@ -120,7 +132,7 @@ class _Look:
         if not self.runtime.presence.roster.is_warm:
             missing.append("our own heartbeat does not come back: silence proves nothing")
         if not self.rows.are_there:
-            missing.append("there is no control database yet: leases are not known")
+            missing.append(f"{self.rows.missing}: leases are not known")
         return "; ".join(missing)
 
 
@@ -167,6 +179,11 @@ class _Rows:
         self._control: ControlDatabase | None = None
 
     @property
+    def missing(self) -> str:
+        """What is to be said while there is none."""
+        return where_none_is(self._settings)
+
+    @property
     def are_there(self) -> bool:
         """Whether there is a control database."""
         return self._control is not None
@@ -194,33 +211,103 @@ class _Rows:
             if self._control is None:
                 url, limit = self._settings.control_url, self._settings.database_timeout_seconds
                 if not await asyncio.to_thread(has_schema, url, timeout_seconds=limit):
-                    raise StoreError("there is no control database yet")
+                    raise StoreError(await asyncio.to_thread(where_none_is, self._settings))
                 self._control = await open_in_thread(ControlDatabase, url, timeout_seconds=limit)
             return self._control
 
 
-def _table(states: States, caption: str = "") -> Table:
-    table = table_of("process", "state", "life", "agents", "heard", "phi", "runs", "leases", "lag")
-    for more in ("supervises", "sentinel", "why"):
-        table.add_column(more, overflow="fold")
-    table.caption = caption or None
-    for one in states:
-        process, *others = (Text(cell) for cell in _cells(one))
-        table.add_row(process, Text(one.state, style=_COLOURS[one.state]), *others)
-    return table
+# The table
 
 
-def _cells(one: ProcessState) -> list[str]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _How:
+    """How much of it people want to see."""
+
+    is_wide: bool
+    shows_all: bool
+
+    def table(self, states: States, caption: str = "") -> RenderableType:
+        """Return what is shown: the table, and what it does not show."""
+        shown = [one for one in states if self.shows_all or is_of_interest(one)]
+        longest = max((len(one.process_id) for one in shown), default=0)
+        table = lean_table(*_columns(longest), *(_more_columns() if self.is_wide else ()))
+        for one in shown:
+            table.add_row(*_cells(one), *(_more_cells(one) if self.is_wide else ()))
+        notes = [*_hidden(len(states) - len(shown)), *([caption] if caption else [])]
+        return Group(table, *(Text(f"\n{note}", style="dim") for note in notes))
+
+
+def is_of_interest(one: ProcessState) -> bool:
+    """Tell whether people want to see it: not what ended long ago, nor ourselves."""
+    if is_a_command(one.process_id):
+        return False
+    is_over = one.state == "left" or (one.state == "dead" and one.holds == 0)
+    silent_seconds = one.last_heartbeat_seconds
+    return not (is_over and silent_seconds is not None and silent_seconds > OVER_SECONDS)
+
+
+def _hidden(count: int) -> list[str]:
+    verb = "is" if count == 1 else "are"
+    said = f"{count} {verb} hidden: left or dead for a minute, or only looking; --all shows all"
+    return [said] if count else []
+
+
+def _columns(longest_id: int) -> list[Column]:
     return [
-        one.process_id,
+        Column("process", overflow="fold", min_width=min(longest_id, _ID_WIDTH)),
+        whole("state"),
+        folded("agents"),
+        whole("runs/\nleases"),
+        whole("heard"),
+        Column("why", overflow="fold", min_width=_WHY_WIDTH),
+    ]
+
+
+def _cells(one: ProcessState) -> list[Text]:
+    heard = one.last_heartbeat_seconds
+    return [
+        Text(one.process_id),
+        Text(one.state, style=_COLOURS[one.state]),
+        Text("\n".join(one.agents)),
+        Text(f"{one.open_runs}/{'?' if one.holds is None else one.holds}"),
+        Text("never" if heard is None else ago(heard)),
+        Text(one.why),
+    ]
+
+
+def _more_columns() -> list[Column]:
+    return [*(whole(name) for name in ("life", "phi", "lag", "supervises")), folded("sentinel")]
+
+
+def _more_cells(one: ProcessState) -> list[Text]:
+    cells = (
         one.incarnation[:8],
-        "\n".join(one.agents),
-        "never" if one.last_heartbeat_seconds is None else f"{ago(one.last_heartbeat_seconds)} ago",
         "?" if one.phi is None else f"{min(one.phi, 999):.1f}",
-        str(one.open_runs),
-        "?" if one.holds is None else str(one.holds),
         ago(one.loop_lag_seconds),
         "yes" if one.supervises else "",
         one.sentinel_id or "",
-        one.why,
-    ]
+    )
+    return [Text(cell) for cell in cells]
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """As much of something as the screen has room for, and how much that is not."""
+
+    shown: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Let rich draw it."""
+        lines = console.render_lines(self.shown, options.update(height=None), pad=False)
+        room = options.size.height - 1
+        cut = len(lines) > room
+        kept = max(0, room - 2) if cut else len(lines)  # two for what is said of the rest
+        for line in lines[:kept]:
+            yield from line
+            yield Segment.line()
+        if cut:
+            yield Text(
+                f"… {len(lines) - kept} lines more: a higher window, or --once",
+                style="bold",
+                overflow="fold",
+            )

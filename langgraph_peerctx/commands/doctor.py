@@ -11,6 +11,7 @@ from typing import Literal
 from rich.console import Console
 from rich.text import Text
 
+from langgraph_peerctx.commands.naming import doctor_id
 from langgraph_peerctx.commands.printing import print_json, table_of
 from langgraph_peerctx.commands.topics import on_broker
 from langgraph_peerctx.config import PeerContextSettings
@@ -78,7 +79,7 @@ async def examine(settings: PeerContextSettings) -> list[Finding]:
         _mock_mode(settings, reachable=reachable),
         *_database("event store", store, "PEER_CONTEXT_DATABASE_URL"),
         *_database("control database", control, "PEER_CONTEXT_CONTROL_DATABASE_URL"),
-        _sharing(settings),
+        _recovery(settings, hears=reachable and settings.mock_mode != "always"),
         *_work(control),
         await asyncio.to_thread(_sentinel, settings),
     ]
@@ -139,7 +140,7 @@ async def _broker_clock(broker: KafkaTransport, settings: PeerContextSettings) -
 
     goodbye = Heartbeat(
         sent_at=datetime.now(UTC),
-        process_id=f"doctor-{ours}"[:64],
+        process_id=doctor_id(),
         incarnation=ours,
         sequence=1,
         leaving=True,
@@ -234,14 +235,21 @@ def _schema(name: str, state: DatabaseState) -> Finding:
     )
 
 
-def _sharing(settings: PeerContextSettings) -> Finding:
-    if settings.control_database_url is None and settings.database_url.startswith("sqlite"):
+def _recovery(settings: PeerContextSettings, *, hears: bool) -> Finding:
+    if not settings.has_shared_control:
         return Finding(
             name="recovery",
             state="warning",
             detail="automatic recovery is off: no control database is shared",
             remedy="set PEER_CONTEXT_CONTROL_DATABASE_URL to one SQLite file on one host, or to "
             "PostgreSQL for several",
+        )
+    if not hears:
+        return Finding(
+            name="recovery",
+            state="warning",
+            detail="no death can be noticed without a broker",
+            remedy="bring the broker back and leave mock mode; `peerctx recover` works by hand",
         )
     return Finding(
         name="recovery", state="ok", detail="agents and supervisors share a control database"
@@ -256,11 +264,18 @@ def _work(control: DatabaseState | None) -> list[Finding]:
     found = [Finding(name="open runs", state="ok", detail=str(open_runs))]
     counted = ", ".join(f"{count} {status}" for status, count in sorted(incidents.items()))
     waits = [status for status in ("dead_letter", "waiting_for_human") if incidents.get(status)]
-    remedy = "; ".join(f"peerctx incidents list --status {status}" for status in waits)
-    state: Health = "warning" if waits else "ok"
+    remedies = [f"peerctx incidents list --status {status}" for status in waits]
+    if control.unsupervised:
+        counted += f"; of {control.unsupervised} nobody supervises the workflow"
+        remedies.append("peerctx supervise with that workflow: peerctx incidents list says which")
     return [
         *found,
-        Finding(name="incidents", state=state, detail=counted or "none", remedy=remedy),
+        Finding(
+            name="incidents",
+            state="warning" if remedies else "ok",
+            detail=counted or "none",
+            remedy="; ".join(remedies),
+        ),
     ]
 
 

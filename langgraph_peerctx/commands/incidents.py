@@ -1,20 +1,38 @@
 """`peerctx incidents`: what failed, how it was recovered, and what waits for a person."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
+from rich.table import Column, Table
 from rich.text import Text
 
 from langgraph_peerctx.commands.control import control_database
-from langgraph_peerctx.commands.printing import cut, moment, print_json, print_line, table_of
+from langgraph_peerctx.commands.printing import (
+    cut,
+    folded,
+    lean_table,
+    moment,
+    print_json,
+    print_line,
+    print_value,
+    whole,
+)
 from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.errors import ConfigurationError
 from langgraph_peerctx.persistence.incidents import ControlDatabase, Incident, IncidentStatus
+from langgraph_peerctx.persistence.inspection import UNKNOWN_WORKFLOW
 
 SHORT_ID = 8
-_SHOWN = 2_000
+_SHOWN = 20_000
 """How much of a question or a state is shown to people, in characters; JSON has it all."""
+_NOTHING: tuple[object, ...] = (None, [], {})
+_DATE_WIDTH = len("2030-01-01")
+_UNSUPERVISED = (
+    "no supervisor that saw it knows its workflow. Run one that does: peerctx supervise "
+    "--workflow NAME=FILE.py:ATTRIBUTE, where NAME is that under which its runs were admitted"
+)
 
 
 def list_incidents(status: IncidentStatus | None, limit: int, *, as_json: bool) -> None:
@@ -27,14 +45,9 @@ def list_incidents(status: IncidentStatus | None, limit: int, *, as_json: bool) 
     if not found:
         print_line("no incidents")
         return
-    table = table_of("incident", "status", "agent", "thread", "attempts", "opened (UTC)", "result")
-    for one in found:
-        table.add_row(
-            *(Text(text) for text in (one.incident_id[:SHORT_ID], one.status, one.agent_id)),
-            *(Text(text) for text in (one.thread_id, str(one.attempts), moment(one.opened_at))),
-            Text(_outcome(one)),
-        )
-    Console().print(table)
+    Console().print(_table(found))
+    if any(map(_is_unsupervised, found)):
+        print_line(f"\n{UNKNOWN_WORKFLOW}: {_UNSUPERVISED}")
 
 
 def show_incident(incident_id: str, *, as_json: bool) -> None:
@@ -73,6 +86,33 @@ def answer_incident(incident_id: str, answer: object, *, as_json: bool) -> None:
     _tell(incident, "is answered: the next supervisor goes on with it", as_json=as_json)
 
 
+def _table(found: Sequence[Incident]) -> Table:
+    table = lean_table(
+        whole("incident"),
+        whole("status"),
+        folded("thread"),
+        whole("tries"),
+        Column("opened (UTC)", min_width=_DATE_WIDTH),
+        Column("result", overflow="fold", min_width=len(UNKNOWN_WORKFLOW)),
+    )
+    for one in found:
+        cells = [
+            one.incident_id[:SHORT_ID],
+            one.status,
+            f"{one.thread_id} of {one.agent_id}",
+            str(one.attempts),
+            moment(one.opened_at),
+            _outcome(one),
+        ]
+        table.add_row(*(Text(cell) for cell in cells))
+    return table
+
+
+def _is_unsupervised(incident: Incident) -> bool:
+    result: dict[str, Any] = incident.result or {}
+    return incident.status == "open" and result.get("status") == UNKNOWN_WORKFLOW
+
+
 def _tell(incident: Incident, what: str, *, as_json: bool) -> None:
     if as_json:
         print_json(asdict(incident))
@@ -98,7 +138,7 @@ def _outcome(incident: Incident) -> str:
 
 
 def _show(incident: Incident) -> None:
-    table = table_of("incident", incident.incident_id)
+    table = lean_table(whole("incident"), folded(incident.incident_id))
     for name, value in _rows(incident):
         if value:
             table.add_row(name, Text(value))
@@ -107,9 +147,14 @@ def _show(incident: Incident) -> None:
     report: dict[str, Any] = incident.report or {}
     steps = report.get("steps") or []
     if steps:
+        console.print()
         console.print(_steps(steps))
+        console.print(_details(steps))
+    for name, said in _values(incident):
+        if said is not None:
+            print_value(name, said, _SHOWN)
     for advice in _advice(incident):
-        print_line(advice)
+        print_line(f"\n{advice}")
 
 
 def _rows(incident: Incident) -> list[tuple[str, str]]:
@@ -128,27 +173,38 @@ def _rows(incident: Incident) -> list[tuple[str, str]]:
         ("result", str(result.get("status") or "")),
         ("degraded", "yes" if result.get("degraded") else ""),
         ("reasons", "\n".join(result.get("reasons") or [])),
-        ("final state", _if_any(result.get("final_state"))),
-        ("question", _if_any(incident.question)),
-        ("answer", _if_any(incident.answer)),
     ]
 
 
-def _if_any(value: object) -> str:
-    return "" if value is None else cut(value, _SHOWN)
+def _values(incident: Incident) -> list[tuple[str, object]]:
+    result: dict[str, Any] = incident.result or {}
+    return [
+        ("final state", result.get("final_state")),
+        ("question", incident.question),
+        ("answer", incident.answer),
+    ]
 
 
-def _steps(steps: list[dict[str, Any]]) -> Any:
-    table = table_of("step", "began (UTC)", "took", "outcome", "detail")
+def _steps(steps: list[dict[str, Any]]) -> Table:
+    table = lean_table(*(whole(name) for name in ("step", "began (UTC)", "took", "outcome")))
     for step in steps:
         table.add_row(
             Text(step["step"]),
             Text(step["started_at"][11:23]),
             Text(f"{step['elapsed_seconds'] * 1_000:.1f} ms"),
             Text(step["outcome"]),
-            Text(cut(step["detail"], 200)),
         )
     return table
+
+
+def _details(steps: list[dict[str, Any]]) -> Text:
+    """Return what each step noted, under the table: a column would break every id."""
+    lines = []
+    for step in steps:
+        said = {name: one for name, one in step["detail"].items() if one not in _NOTHING}
+        noted = [f"{name}={cut(one, 200)}" for name, one in said.items()]
+        lines += [f"\n{step['step']}: {', '.join(noted)}"] if noted else []
+    return Text("".join(lines))
 
 
 def _advice(incident: Incident) -> list[str]:
@@ -158,4 +214,6 @@ def _advice(incident: Incident) -> list[str]:
         return [str(said), f"answer it with: peerctx recover --answer {short} VALUE"]
     if incident.status == "dead_letter":
         return [f"when its cause is gone: peerctx incidents redrive {short}"]
+    if _is_unsupervised(incident):
+        return [f"{UNKNOWN_WORKFLOW}: {_UNSUPERVISED}"]
     return []

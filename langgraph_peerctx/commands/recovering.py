@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.text import Text
 
 from langgraph_peerctx import background
-from langgraph_peerctx.commands.printing import cut, print_json, table_of
+from langgraph_peerctx.commands.printing import cut, print_json, stdout_to_ourselves, table_of
 from langgraph_peerctx.errors import ConfigurationError
 from langgraph_peerctx.identifiers import check_id
 from langgraph_peerctx.persistence.incidents import ControlDatabase
@@ -40,8 +40,9 @@ def recover(told: Declared, agent_id: str, thread_id: str, *, as_json: bool) -> 
         BrokerUnavailableError: If there is no broker, and mock mode is `never`.
     """
     check_id(agent_id, "agent_id")
-    told.prepare()
-    result = asyncio.run(_recovered(told, agent_id, thread_id))
+    with stdout_to_ourselves():
+        told.prepare()
+        result = asyncio.run(_recovered(told, agent_id, thread_id))
     if as_json:
         print_json(result)
     else:

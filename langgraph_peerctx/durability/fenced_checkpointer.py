@@ -283,7 +283,7 @@ def _translated(saver: BaseCheckpointSaver[Any]) -> Iterator[None]:
     except (PeerContextError, NotImplementedError, TypeError, ValueError, LookupError):
         raise
     except Exception as error:  # an adapter translates: each saver has its driver's own errors
-        raise StoreError(
+        raise CheckpointerError(
             f"the checkpointer ({type(saver).__name__}) failed: {error!r:.200}"
         ) from error
 

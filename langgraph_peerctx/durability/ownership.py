@@ -5,7 +5,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Self, TypeAlias
@@ -146,13 +147,13 @@ class Ownership:
             StoreError: If the database failed; what may have been written is taken back later.
         """
         begin = self.control.reopen if goes_on else self.control.admit
-        self._see_that_it_is_idle((run.agent_id, run.thread_id))
-        asked_at = self._clock()
-        try:
-            return self.hold(begin(run, self.owner), asked_at)
-        except StoreError:
-            self._doubt(run)
-            raise
+        with self._alone((run.agent_id, run.thread_id)):
+            asked_at = self._clock()
+            try:
+                return self.hold(begin(run, self.owner), asked_at)
+            except StoreError:
+                self._doubt(run)
+                raise
 
     async def aadmit(self, run: NewRun, *, goes_on: bool = False) -> Held:
         """See `admit`; what is written when nobody waits for it any more is taken back."""
@@ -170,9 +171,9 @@ class Ownership:
             ThreadBusyError: If anybody is at work on the thread, or a run of it is open.
             StoreError: If the database failed.
         """
-        self._see_that_it_is_idle((agent_id, thread_id))
-        asked_at = self._clock()
-        return self.hold(self.control.take(agent_id, thread_id, self.owner), asked_at)
+        with self._alone((agent_id, thread_id)):
+            asked_at = self._clock()
+            return self.hold(self.control.take(agent_id, thread_id, self.owner), asked_at)
 
     def give(self, held: Held) -> bool:
         """Give a thread back; tell whether it was still ours."""
@@ -351,17 +352,34 @@ class Ownership:
                     return held.epoch
         lost = (e for key, e in list(self._lost.items()) if _is_of(key, thread_id, agent_id))
         epoch = next(lost, None) if held is None else held.epoch
-        why = ": claim it first" if epoch is None else f" any more: we held epoch {epoch}"
+        why = (
+            ": it has an owner, run it as owned"
+            if epoch is None
+            else f" any more: we held epoch {epoch}, and another process has taken it over since; "
+            "see `peerctx incidents list`"
+        )
         raise StaleOwnerError(f"thread {thread_id!r:.80} is not ours{why}")
 
-    def _see_that_it_is_idle(self, key: Key) -> None:
-        """See that nobody in here has a thread, and that what is owed of it is paid."""
-        if key in self._held:
+    @contextmanager
+    def _alone(self, key: Key) -> Iterator[None]:
+        """Let nobody else in here take a thread meanwhile; what is owed of it is paid first.
+
+        To the database, two of one process are the same.
+        """
+        with self._lock:
+            is_busy = key in self._held or key in self._changing
+            if not is_busy:
+                self._changing.add(key)
+        if is_busy:
             raise ThreadBusyError(
                 f"thread {key[1]!r:.80} of {key[0]} is at work in this process: wait until its run "
                 "has ended"
             )
-        self._pay(key)
+        try:
+            self._pay(key)
+            yield
+        finally:
+            self._changing.discard(key)
 
     def _pay(self, key: Key) -> None:
         write = self._owed.get(key)

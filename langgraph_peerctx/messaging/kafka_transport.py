@@ -53,6 +53,7 @@ from langgraph_peerctx.messaging.client_ending import (
     Remains,
     end_client,
 )
+from langgraph_peerctx.messaging.client_logging import hold_the_clients_loggers
 from langgraph_peerctx.messaging.kafka_subscription import (
     KafkaSubscription,
     Reader,
@@ -119,7 +120,7 @@ class KafkaTransport:
         """Connect within the connect deadline; see `Transport.start`."""
         if self._closed:
             raise BrokerUnavailableError("this transport is closed: make a new one")
-        _hold_the_clients_logger()
+        hold_the_clients_loggers()
         self._loop = asyncio.get_running_loop()
         await self._connected_producer()
 
@@ -696,10 +697,3 @@ def _ssl_context(config: KafkaConfig) -> Any:
             f"the TLS files cannot be used: {error}: see KAFKA_SSL_CA_FILE, KAFKA_SSL_CERT_FILE, "
             "KAFKA_SSL_KEY_FILE and KAFKA_SSL_KEY_PASSWORD"
         ) from error
-
-
-def _hold_the_clients_logger() -> None:
-    """At DEBUG aiokafka logs the values of messages."""
-    client_logger = logging.getLogger("aiokafka")
-    if client_logger.getEffectiveLevel() < logging.INFO:
-        client_logger.setLevel(logging.INFO)

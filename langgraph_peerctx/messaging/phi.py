@@ -27,7 +27,7 @@ def phi(silent_seconds: float, mean_seconds: float, deviation_seconds: float) ->
     e = math.exp(exponent)
     if silent_seconds > mean_seconds:
         return -math.log10(e / (1.0 + e))
-    return -math.log10(1.0 - 1.0 / (1.0 + e))
+    return 0.0 - math.log10(1.0 - 1.0 / (1.0 + e))  # a minus alone would make -0.0
 
 
 class Arrivals:

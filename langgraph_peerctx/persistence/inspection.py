@@ -1,5 +1,6 @@
 """Looking at a database without changing it: what `peerctx doctor` says of it."""
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,8 @@ from langgraph_peerctx.persistence.runs import IS_OPEN
 from langgraph_peerctx.persistence.schema import incidents, metadata, runs
 from langgraph_peerctx.persistence.upgrade import schema_version
 
+UNKNOWN_WORKFLOW = "unknown_workflow"
+"""An incident's result where no supervisor that saw it knows its workflow."""
 COUNT_LIMIT = 10_000
 """Rows are counted up to here: a doctor does not read ten million of them."""
 
@@ -58,6 +61,8 @@ class DatabaseState:
         rows: Rows by table; `COUNT_LIMIT` means so many or more.
         open_runs: Runs that have not ended, counted up to the same.
         incidents: How many by status.
+        unsupervised: Of those that are open, how many because nobody supervises their workflow;
+            counted up to the same.
         problems: What is wrong, and what to do about it: one sentence each.
     """
 
@@ -72,6 +77,7 @@ class DatabaseState:
     rows: Mapping[str, int] = field(default_factory=dict)
     open_runs: int = 0
     incidents: Mapping[str, int] = field(default_factory=dict)
+    unsupervised: int = 0
     problems: tuple[str, ...] = ()
 
     @property
@@ -161,6 +167,7 @@ def _at_contents(engine: Engine, state: DatabaseState) -> DatabaseState:
                 rows=_rows(connection),
                 open_runs=_open_runs(connection),
                 incidents=_incidents(connection),
+                unsupervised=_unsupervised(connection),
             )
     if state.wal is False and state.at_head:
         return _with_problem(state, f"{state.name} is not in WAL mode: open a store on it once")
@@ -206,6 +213,13 @@ def _open_runs(connection: Connection) -> int:
 def _incidents(connection: Connection) -> dict[str, int]:
     counting = select(incidents.c.status, func.count().label("number")).group_by(incidents.c.status)
     return {row.status: row.number for row in connection.execute(counting)}
+
+
+def _unsupervised(connection: Connection) -> int:
+    is_so = (incidents.c.status == "open") & incidents.c.result.contains(UNKNOWN_WORKFLOW)
+    some = select(incidents.c.result).where(is_so).limit(COUNT_LIMIT)
+    results = (json.loads(row.result) for row in connection.execute(some))
+    return sum(result.get("status") == UNKNOWN_WORKFLOW for result in results)
 
 
 def _clock(connection: Connection) -> float | None:

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
+from itertools import groupby
 from typing import Any, Literal, NamedTuple, cast
 
-from sqlalchemy import Connection, delete, exists, func, or_, select, text, update
+from sqlalchemy import Connection, Row, delete, exists, func, or_, select, text, update
 from sqlalchemy.sql.elements import ColumnElement
 
 from langgraph_peerctx.errors import ThreadBusyError
@@ -128,12 +129,14 @@ class Holder:
     Attributes:
         runs: How many leases.
         seconds_left: Of the longest.
+        agents: Whose threads they are, sorted.
     """
 
     owner_id: str
     owner_incarnation: str
     runs: int
     seconds_left: float
+    agents: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -350,28 +353,26 @@ class Runs(Leases):
         )
         return found[0] if found else None
 
+    def count_open(self) -> int:
+        """Return how many runs are open, whoever works at them."""
+        (row,) = self._rows(select(func.count().label("open")).select_from(runs).where(IS_OPEN))
+        return int(row.open)
+
     def holders(self) -> list[Holder]:
         """Return who has leases, expired or not, sorted by process."""
+        whose = leases.c.owner_id, leases.c.owner_incarnation, leases.c.agent_id
         statement: Any = (
             select(
-                leases.c.owner_id,
-                leases.c.owner_incarnation,
+                *whose,
                 func.count().label("runs"),
                 (func.max(leases.c.expires_at) - self._now).label("left"),
             )
             .where(leases.c.owner_incarnation.is_not(None))
-            .group_by(leases.c.owner_id, leases.c.owner_incarnation)
-            .order_by(leases.c.owner_id, leases.c.owner_incarnation)
+            .group_by(*whose)
+            .order_by(*whose)
         )
-        return [
-            Holder(
-                owner_id=row.owner_id,
-                owner_incarnation=row.owner_incarnation,
-                runs=row.runs,
-                seconds_left=row.left / _MICROSECONDS,
-            )
-            for row in self._rows(statement)
-        ]
+        lives = groupby(self._rows(statement), lambda row: (row.owner_id, row.owner_incarnation))
+        return [_holder(*life, list(by_agent)) for life, by_agent in lives]
 
     async def aadmit(self, run: NewRun, owner: Owner) -> Lease:
         """See `admit`."""
@@ -410,6 +411,10 @@ class Runs(Leases):
     async def aopen_run(self, agent_id: str, thread_id: str) -> LostRun | None:
         """See `open_run`."""
         return await self.in_thread(partial(self.open_run, agent_id, thread_id))
+
+    async def acount_open(self) -> int:
+        """See `count_open`."""
+        return await self.in_thread(self.count_open)
 
     async def aholders(self) -> list[Holder]:
         """See `holders`."""
@@ -576,6 +581,17 @@ class Runs(Leases):
                 (incidents.c.status == "open") & (incidents.c.next_attempt_at > self._now),
             ),
         )
+
+
+def _holder(owner_id: str, incarnation: str, by_agent: Sequence[Row[Any]]) -> Holder:
+    return Holder(
+        owner_id=owner_id,
+        owner_incarnation=incarnation,
+        runs=sum(row.runs for row in by_agent),
+        seconds_left=max(row.left for row in by_agent) / _MICROSECONDS,
+        # Not in the database's order, which may be a language's.
+        agents=tuple(sorted(row.agent_id for row in by_agent)),
+    )
 
 
 def _packed(kind: str | None, data: bytes | None) -> Packed | None:

@@ -85,6 +85,7 @@ class TaskView:
             breakpoint inside a subgraph, `unfinished` was killed, failed, or never began.
         error: What it raised, as text of at most 200 characters.
         question_ids: The interrupts that wait for an answer.
+        questions: What they ask, as text of at most 200 characters each.
     """
 
     task_id: str
@@ -92,6 +93,7 @@ class TaskView:
     state: TaskState
     error: str | None = None
     question_ids: tuple[str, ...] = ()
+    questions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,6 +221,7 @@ class _Reader:
             # LangGraph reads an error back as the text that it stored.
             error=None if task.error is None else str(task.error)[:200],
             question_ids=question_ids if state == "asking" else (),
+            questions=_questions(task) if state == "asking" else (),
         )
 
     async def answer(self, head: _Head) -> Answer:
@@ -431,6 +434,10 @@ def _received(writes: Iterable[PendingWrite]) -> list[Any]:
     """Return the answer that each task received last."""
     lists = (value for task, name, value in writes if task != _NO_TASK and name == RESUME)
     return [value[-1] if isinstance(value, list) and value else value for value in lists]
+
+
+def _questions(task: PregelTask) -> tuple[str, ...]:
+    return tuple(repr(question.value)[:200] for question in task.interrupts)
 
 
 def _counts(writes: Iterable[PendingWrite]) -> list[int]:

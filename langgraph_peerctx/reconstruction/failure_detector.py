@@ -42,6 +42,10 @@ SLOW_PHI = 1.0
 """From here on a silence is longer than nine out of ten."""
 
 _Outage = Literal["deaf", "late", "database", "heartbeats"]
+_ON_HOLD: dict[_Outage, str] = {
+    "deaf": "there is no broker, so that no death can be noticed; `peerctx recover` works by hand",
+    "heartbeats": "our own heartbeat does not come back: the broker is away, or we are cut off",
+}
 _Key: TypeAlias = tuple[str, str, int, str | None]
 
 
@@ -77,6 +81,7 @@ class ProcessState:
     Attributes:
         phi: How suspicious its silence is; None if no heartbeat is known.
         last_heartbeat_seconds: How long ago it came; None if none is known.
+        agents: Those it hosts and those whose leases it has, sorted.
         holds: Its leases, expired or not; None if the database does not answer.
         why: The state's reason, for people.
     """
@@ -280,6 +285,7 @@ class FailureDetector:
         self._seen_at: float | None = None
         self._well_since: float | None = None
         self._outage: _Outage | None = None
+        self._on_hold = False
         self._reported: dict[_Key, float] = {}
         self._held_back: dict[_Key, str] = {}
         self._callbacks: dict[object, OnFailure] = {}
@@ -394,6 +400,9 @@ class FailureDetector:
         if not self._roster.is_warm:
             self._fall_ill("heartbeats")
         elif self._well_since is None:
+            if self._on_hold:
+                _logger.warning("recovery goes on: deaths are noticed again")
+            self._on_hold = False
             self._outage, self._well_since = None, self._clock()
         return lost
 
@@ -418,7 +427,15 @@ class FailureDetector:
         """Give everybody a fresh lease's life, from when all is well again."""
         if self._outage != outage:
             self.counters[f"outage.{outage}"] += 1
+            self._say_that_it_is_on_hold(outage)
         self._outage, self._well_since = outage, None
+
+    def _say_that_it_is_on_hold(self, outage: _Outage) -> None:
+        """Say it once; at the start nobody has been heard yet, and that is no news."""
+        is_news = outage == "deaf" or self._well_since is not None
+        if outage in _ON_HOLD and is_news and not self._on_hold:
+            self._on_hold = True
+            _logger.warning("recovery is on hold: %s", _ON_HOLD[outage])
 
     def _view(self, *, answers: bool) -> View:
         now, heard_at, settings = self._clock(), self._roster.heard_at, self._settings
@@ -532,6 +549,10 @@ def _row(
     state, why = state_of(member, holder, view)
     beat = None if member is None else member.beat
     holds = 0 if holder is None else holder.runs
+    hosted = () if beat is None else beat.agents
+    owned = () if holder is None else holder.agents
+    # What its last heartbeat said of its runs is over when it is.
+    is_over = state in {"dead", "left"} and view.answers and holder is None
     return ProcessState(
         process_id=key[0],
         incarnation=key[1],
@@ -539,8 +560,8 @@ def _row(
         why=why,
         phi=None if member is None else member.phi(view.now),
         last_heartbeat_seconds=_silent_seconds(member, view.now),
-        agents=() if beat is None else beat.agents,
-        open_runs=0 if beat is None else beat.open_runs,
+        agents=tuple(sorted({*hosted, *owned})),
+        open_runs=0 if beat is None or is_over else beat.open_runs,
         loop_lag_seconds=0.0 if beat is None else beat.loop_lag_seconds,
         supervises=beat is not None and beat.supervises,
         sentinel_id=None if beat is None else beat.sentinel_id,

@@ -231,7 +231,9 @@ class Recoverer:
             return result
         incident = await control.aincident_of(agent_id, thread_id)
         lost = await control.aopen_run(agent_id, thread_id)
-        return as_it_stands(agent_id, thread_id, lost, incident)
+        leases = await control.aleases_of_thread(thread_id)
+        others = [lease.agent_id for lease in leases if lease.agent_id != agent_id]
+        return as_it_stands(agent_id, thread_id, lost, incident, others)
 
     async def _attempt(
         self, recovery: Recovery, supervised: SupervisedWorkflow, claim: StepRecord | None

@@ -188,11 +188,15 @@ def _is_untouched(view: CheckpointView, admitted: Admitted) -> bool:
 
 
 def _waits_for(view: CheckpointView) -> str:
-    asking = [task.name for task in view.tasks if task.state == "asking"]
+    asking = [
+        f"{task.name} asks {', '.join(task.questions)}"
+        for task in view.tasks
+        if task.state == "asking"
+    ]
     paused = [*view.breakpoints, *(task.name for task in view.tasks if task.state == "paused")]
     parts = []
     if asking:
-        parts.append(f"{', '.join(asking)} asked a question: answer with Command(resume=...)")
+        parts.append(f"{', '.join(asking)}: answer with Command(resume=...)")
     if paused:
         parts.append(f"a static breakpoint holds {', '.join(paused)}: go on with ainvoke(None)")
     return f"waiting_for_human: {'; '.join(parts)}"

@@ -1,6 +1,6 @@
 """What is with a thread that is not recovered here: somebody else is at it, was, or must be."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -35,7 +35,11 @@ _SAID: dict[IncidentStatus, tuple[RecoveryStatus, Callable[[Incident], str]]] = 
 
 
 def as_it_stands(
-    agent_id: str, thread_id: str, lost: LostRun | None, incident: Incident | None
+    agent_id: str,
+    thread_id: str,
+    lost: LostRun | None,
+    incident: Incident | None,
+    others: Sequence[str] = (),
 ) -> RecoveryResult:
     """Return the result of asking for a recovery that is not ours to make; pure.
 
@@ -44,16 +48,22 @@ def as_it_stands(
         thread_id: Its thread.
         lost: The thread's open run, if it has one.
         incident: The thread's newest incident, if it has one.
+        others: Other agents that have a thread of this name.
     """
     is_done = incident is not None and incident.status == "recovered" and bool(incident.result)
     if incident and is_done and (lost is None or lost.run_id == incident.run_id):
         return _elsewhere(incident)
     if lost is None:
-        reason = "nothing_to_recover: the thread has no run that has not ended"
+        reason = f"nothing_to_recover: {agent_id} has no run of this thread that has not ended"
+        if others:
+            reason += f"; {', '.join(others)} has a thread of this name"
         return _result(agent_id, thread_id, "nothing_to_recover", reason)
     if incident is None or incident.run_id != lost.run_id or incident.status not in _SAID:
         left = max(0.0, lost.seconds_left)
-        reason = f"unreachable: {lost.owner_id} holds the thread's lease for another {left:.1f} s"
+        reason = (
+            f"unreachable: {lost.owner_id} holds the thread's lease for another {left:.1f} s: "
+            "if it is dead, try again then; a supervisor does so by itself"
+        )
         return _result(agent_id, thread_id, "unreachable", reason)
     status, why = _SAID[incident.status]
     return result_without(incident, status, f"{status}: {why(incident)}")

@@ -266,7 +266,7 @@ def see_that_it_is_shared(settings: PeerContextSettings) -> None:
     Raises:
         ConfigurationError: If it is the agent's own SQLite file.
     """
-    if settings.control_database_url is None and settings.database_url.startswith("sqlite"):
+    if not settings.has_shared_control:
         raise ConfigurationError(
             "automatic recovery is off: set PEER_CONTEXT_CONTROL_DATABASE_URL to a database that "
             "agents and recoverers share, one SQLite file on one host or PostgreSQL for several"

@@ -51,7 +51,8 @@ async def test_frozen_agents_are_replaced_and_nothing_of_theirs_counts_afterward
         kinds = await made.check()
     ends = [end for ends in told for end in ends]
     print(f"{times} freezes: {dict(kinds)}; the thawed: {sorted(ends)}")
-    assert set(ends) <= {"done", "StaleOwnerError"}
+    # One frozen in the middle of its admission does not know what became of it, and says so.
+    assert set(ends) <= {"done", "StaleOwnerError", "CheckpointerError", "StoreError"}
     assert ends.count("StaleOwnerError") >= times / 3
 
 

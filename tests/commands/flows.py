@@ -2,6 +2,7 @@
 
 import operator
 import os
+import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Annotated, Any
@@ -24,6 +25,17 @@ def work(state: Flow) -> dict[str, Any]:
         raise RuntimeError("as it was told to")
     return {"log": ["worked"]}
 
+
+def loud(state: Flow) -> dict[str, Any]:
+    """Prints, and so does a process that it starts."""
+    print("a node prints")
+    subprocess.run(["echo", "a child prints"], check=True)
+    return work(state)
+
+
+loud_builder = StateGraph(Flow)
+loud_builder.add_node("loud", loud)
+loud_builder.add_edge(START, "loud")
 
 builder = StateGraph(Flow)
 builder.add_node("work", work)
@@ -62,6 +74,12 @@ async def on_sqlite() -> AsyncIterator[Any]:
     """The form for a checkpointer that belongs to a loop."""
     async with AsyncSqliteSaver.from_conn_string(os.environ["FLOW_THREADS"]) as saver:
         yield builder.compile(checkpointer=saver, name="flow")
+
+
+@asynccontextmanager
+async def loud_on_sqlite() -> AsyncIterator[Any]:
+    async with AsyncSqliteSaver.from_conn_string(os.environ["FLOW_THREADS"]) as saver:
+        yield loud_builder.compile(checkpointer=saver, name="flow")
 
 
 @asynccontextmanager

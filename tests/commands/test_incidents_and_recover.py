@@ -1,12 +1,14 @@
 """`peerctx recover` and `peerctx incidents`, on SQLite and without a broker."""
 
 import json
+import os
 import sqlite3
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from command_line import Outcome, Run
+from command_line import PEERCTX, Outcome, Run
 from commands import flows
 
 from langgraph_peerctx.cli import _value
@@ -111,7 +113,7 @@ def test_a_run_of_another_workflow_is_refused(lose: Lose, recover: Recover) -> N
 
 def test_an_illegal_agent_is_refused(run: Run) -> None:
     outcome = run("recover", "a/b", "thread", "--workflow", f"flow={FLOWS}:graph")
-    assert outcome.code == 1
+    assert outcome.code == 2
     assert "agent_id" in outcome.err
 
 
@@ -149,7 +151,7 @@ def test_a_dead_letter_is_shown_with_its_steps_and_redriven(
     shown = run("incidents", "show", short).out
     assert "as it was told to" in shown
     assert f"peerctx incidents redrive {short}" in shown
-    steps = {line.split()[1] for line in shown.splitlines() if " ms " in line}
+    steps = {line.split()[0] for line in shown.splitlines() if " ms " in line}
     assert {"load_checkpoint", "reconstruct"} & steps or len(steps) > 2, shown
     listed = run("incidents", "list")
     assert short in listed.out
@@ -199,7 +201,78 @@ def test_without_a_control_database_there_is_nothing_to_look_at(run: Run, tmp_pa
         outcome = run("incidents", *command)
         assert outcome.code == 2
         assert "there is no control database yet" in outcome.err
+        assert f"{tmp_path}/control.db" in outcome.err
     assert not (tmp_path / "control.db").exists()
+
+
+def test_a_control_database_in_a_folder_that_is_not_there_is_named(
+    run: Run, tmp_path: Path
+) -> None:
+    url = f"sqlite:///{tmp_path}/nowhere/control.db"
+    outcome = run("incidents", "list", PEER_CONTEXT_CONTROL_DATABASE_URL=url)
+    assert outcome.code == 2
+    assert f"{tmp_path}/nowhere does not exist" in outcome.err
+
+
+@pytest.mark.parametrize("column", [80, 120])
+def test_incidents_are_read_in_a_narrow_terminal(
+    lose: Lose, recover: Recover, run: Run, column: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(column))
+    lose("in", "x" * 150)
+    assert recover("--json", attribute="approved_on_sqlite").code == 3
+    listed = run("incidents", "list").out
+    assert {"waiting_for_human", "thread"} <= set(listed.split())
+    (incident,) = run("incidents", "list", "--json").json
+    shown = run("incidents", "show", incident["incident_id"][:8]).out
+    table, _, values = shown.partition("\nquestion\n")
+    assert all(len(line) <= column for line in table.splitlines())
+    assert "waiting_for_human" in table
+    question = values[: values.index("\n}\n") + 3]
+    assert json.loads(question) == incident["question"]
+
+
+def test_an_incident_of_a_workflow_that_nobody_supervises_says_what_to_do(
+    lose: Lose, control: ControlDatabase, run: Run
+) -> None:
+    lose("in", workflow="other")
+    lost = control.open_run("agent", "thread")
+    assert lost is not None
+    said = {"status": "unknown_workflow", "reasons": ["nobody supervises 'other'"]}
+    control.note(lost, said, again_seconds=60)
+    for command in (("list",), ("show", run("incidents", "list", "--json").json[0]["incident_id"])):
+        out = run("incidents", *command).out
+        assert "unknown_workflow: no supervisor that saw it knows its workflow" in out
+        assert "peerctx supervise --workflow" in out
+
+
+def test_what_a_workflow_prints_is_no_part_of_the_answer(
+    lose: Lose, control: ControlDatabase, tmp_path: Path, recover: Recover, nobody: str
+) -> None:
+    lose("in")
+    control.close()
+    assert recover("--json", attribute="loud_on_sqlite").json["status"] == "restarted"
+    lose_again = NewRun(
+        run_id="again",
+        agent_id="agent",
+        thread_id="thread-2",
+        workflow="flow",
+        given=RunInput(value=packed(flows.graph, {"log": ["in"]}, name="input")),
+    )
+    with ControlDatabase(f"sqlite:///{tmp_path}/control.db") as again:
+        again.admit(lose_again, Owner(owner_id="owner", incarnation="life", ttl_seconds=60))
+        again.hand_over("life")
+    named = f"flow={FLOWS}:loud_on_sqlite"
+    done = subprocess.run(
+        [PEERCTX, "recover", "agent", "thread-2", "--json", "--workflow", named],
+        capture_output=True,
+        check=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(FLOWS.parents[1]), "KAFKA_BOOTSTRAP_SERVERS": nobody},
+    )
+    assert json.loads(done.stdout)["status"] == "restarted"
+    assert {"a node prints", "a child prints"} <= set(done.stderr.splitlines())
 
 
 def test_no_incidents_is_said_and_an_empty_list(run: Run, control: ControlDatabase) -> None:

@@ -7,6 +7,7 @@ import os
 import pty
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -41,11 +42,13 @@ def test_a_supervisor_is_ended_by_a_signal_and_that_is_no_error(
     alone: dict[str, str], tmp_path: Path, number: signal.Signals
 ) -> None:
     with Command(tmp_path, "supervise", "--workflow", FLOW, "--json", env=alone) as command:
-        command.until("supervising")
+        command.until("recovery is on hold")
         outcome = command.end(number)
     assert outcome.code == 0
-    assert [line["event"] for line in outcome.lines] == ["supervising", "ended"]
+    assert [line["event"] for line in outcome.lines] == ["supervising", "notice", "ended"]
     assert outcome.lines[0]["workflows"] == ["flow"]
+    assert outcome.lines[0]["open_runs"] == 0
+    assert "recovery is on hold" not in outcome.err
     assert "Traceback" not in outcome.err
 
 
@@ -56,7 +59,7 @@ def test_a_supervisor_of_a_langgraph_json_speaks_to_people(
         json.dumps({"peerctx": {"workflows": {"flow": f"{HERE / 'flows.py'}:graph"}}})
     )
     with Command(tmp_path, "supervise", env=alone) as command:
-        command.until("supervising flow")
+        command.until("supervising flow; 0 runs are open now")
         outcome = command.end()
     assert outcome.code == 0
     assert outcome.out.endswith("what was under way is handed over\n")
@@ -98,6 +101,33 @@ def test_a_sentinel_that_nobody_could_hear_is_refused(run: Run, alone: dict[str,
     outcome = run("sentinel", **alone, PEER_CONTEXT_MOCK_MODE="always")
     assert outcome.code == 2
     assert "needs a broker" in outcome.err
+
+
+def test_a_broker_for_development_has_the_topics_until_it_is_told_to_end(
+    alone: dict[str, str], tmp_path: Path, run: Run
+) -> None:
+    with Command(tmp_path, "broker", env=alone) as broker:
+        said = broker.until("not for production")
+        export, comment = said.splitlines()
+        assert comment.startswith("# ")
+        name, _, servers = export.removeprefix("export ").partition("=")
+        assert name == "KAFKA_BOOTSTRAP_SERVERS"
+        assert servers.startswith("127.0.0.1:")
+        found = run("doctor", "--json", **alone | {name: servers}).findings
+        assert found["broker"]["state"] == "ok"
+        assert found["topic agent.presence"]["state"] == "ok"
+        assert found["recovery"]["state"] == "ok"
+        outcome = broker.end(signal.SIGINT)
+    assert (outcome.code, outcome.err) == (0, "")
+
+
+def test_a_broker_without_its_extra_is_a_sentence(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "confluent_kafka", None)
+    outcome = run("broker")
+    assert outcome.code == 2
+    assert "pip install 'langgraph-peerctx[embedded]'" in outcome.err
 
 
 def test_without_a_broker_there_are_no_agents_to_show(run: Run, alone: dict[str, str]) -> None:

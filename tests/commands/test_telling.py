@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import os
 import signal
 from datetime import UTC, datetime
@@ -10,8 +11,9 @@ from typing import Any
 import pytest
 
 from langgraph_peerctx.commands import printing
-from langgraph_peerctx.commands.supervising import _Lines, _Sentences
+from langgraph_peerctx.commands.supervising import _Lines, _notices, _pass_on, _Sentences
 from langgraph_peerctx.commands.until_told import _until_told
+from langgraph_peerctx.reconstruction import failure_detector
 from langgraph_peerctx.reconstruction.failure_detector import AgentFailure
 
 FAILURE = AgentFailure(
@@ -42,9 +44,15 @@ def test_people_read_what_was_lost_and_how_it_was_recovered(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     tell = _Sentences()
+    tell.began(["flow"], 1)
+    tell.began(["flow"], 0)
+    tell.noticed("recovery is on hold")
     tell.failed(FAILURE)
     tell.recovered(FAILURE, RESULT)
     assert capsys.readouterr().out.splitlines() == [
+        "supervising flow; 1 run is open now; SIGTERM or Ctrl-C ends it",
+        "supervising flow; 0 runs are open now; SIGTERM or Ctrl-C ends it",
+        "notice     recovery is on hold",
         "lost       [thread] of agent: silent, owned by host-1, silent for 4.2 s",
         "recovery   [thread] of agent: resumed, degraded, 0.250 s",
         "           no peer answered",
@@ -55,17 +63,58 @@ def test_programs_read_one_object_a_line_without_the_workflows_state(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     tell = _Lines()
-    tell.began(["flow"])
+    tell.began(["flow"], 3)
+    tell.noticed("recovery is on hold")
     tell.failed(FAILURE)
     tell.recovered(FAILURE, RESULT)
     tell.ended()
     out = capsys.readouterr().out
     lines = [json.loads(line) for line in out.splitlines()]
-    assert [line["event"] for line in lines] == ["supervising", "lost", "recovery", "ended"]
-    assert lines[1]["noticed_at"] == "2030-01-01T00:00:00Z"
-    assert (lines[2]["incident_id"], lines[2]["reasons"]) == ("one", ["no peer answered"])
+    assert [line["event"] for line in lines] == [
+        "supervising",
+        "notice",
+        "lost",
+        "recovery",
+        "ended",
+    ]
+    assert lines[0]["open_runs"] == 3
+    assert lines[1]["message"] == "recovery is on hold"
+    assert lines[2]["noticed_at"] == "2030-01-01T00:00:00Z"
+    assert (lines[3]["incident_id"], lines[3]["reasons"]) == ("one", ["no peer answered"])
     assert "secret" not in out
     assert all(datetime.fromisoformat(line["at"]) for line in lines)
+
+
+class Told(_Sentences):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def noticed(self, said: str) -> None:
+        self.said.append(said)
+
+
+async def test_what_holds_recoveries_up_is_told_once_and_so_is_its_end() -> None:
+    logger, told = logging.getLogger(failure_detector.__name__), Told()
+    async with _notices() as notices:
+        passing = asyncio.create_task(_pass_on(notices, told))
+        logger.info("all is well, as it was")
+        logger.info("run %r is lost", "run", extra={"thread_id": "thread"})
+        await asyncio.to_thread(logger.warning, "recovery is on %s", "hold")
+        logger.info("recovery goes on")
+        logger.info("recovery goes on and on")
+        await asyncio.sleep(0.05)
+        passing.cancel()
+        await asyncio.wait({passing})
+    logger.warning("this is for others")
+    assert told.said == ["recovery is on hold", "recovery goes on"]
+    assert logger.level == logging.NOTSET
+
+
+async def test_a_fault_of_ours_stays_a_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    async with _notices() as notices:
+        logging.getLogger(failure_detector.__name__).error("a look failed")
+    assert notices.empty()
+    assert "a look failed" in caplog.text
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -7,6 +7,7 @@ import socket
 import sqlite3
 import subprocess
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -163,7 +164,7 @@ def test_a_wrong_setting_is_a_sentence_and_exit_code_two(run: Run) -> None:
 
 def test_an_illegal_requester_id_is_refused(run: Run) -> None:
     outcome = run("topics", "--requester-id", "a/b")
-    assert outcome.code == 1
+    assert outcome.code == 2
     assert "requester_id" in outcome.err
 
 
@@ -175,6 +176,11 @@ def test_making_topics_without_a_broker_fails_in_a_sentence(run: Run, nobody: st
 
 def test_an_unknown_option_is_exit_code_two(run: Run) -> None:
     assert run("doctor", "--nonsense").code == 2
+
+
+def test_the_version_is_told(run: Run) -> None:
+    outcome = run("--version")
+    assert (outcome.code, outcome.out) == (0, f"peerctx {version('langgraph-peerctx')}\n")
 
 
 def test_it_runs_as_a_command(tmp_path: Path) -> None:
@@ -215,6 +221,36 @@ def test_the_doctor_counts_what_is_open_and_what_waits_for_a_person(
     assert found["incidents"]["state"] == "warning"
     assert found["incidents"]["detail"] == "1 dead_letter"
     assert found["incidents"]["remedy"] == "peerctx incidents list --status dead_letter"
+
+
+def test_the_doctor_warns_of_runs_whose_workflow_nobody_supervises(
+    run: Run, nobody: str, tmp_path: Path
+) -> None:
+    given = RunInput(value=Packed(kind="json", data=b"{}"))
+    with ControlDatabase(f"sqlite:///{tmp_path}/control.db") as control:
+        for thread in ("one", "two"):
+            new = NewRun(run_id=thread, agent_id="agent", thread_id=thread, given=given)
+            control.admit(new, Owner(owner_id="dead", incarnation="life", ttl_seconds=30))
+        control.hand_over("life")
+        for thread, status in (("one", "unknown_workflow"), ("two", "failed")):
+            lost = control.open_run("agent", thread)
+            assert lost is not None
+            said = {"status": status, "reasons": ["no unknown_workflow"]}
+            control.note(lost, said, again_seconds=60)
+    found = run("doctor", "--json", KAFKA_BOOTSTRAP_SERVERS=nobody).findings["incidents"]
+    assert found["state"] == "warning"
+    assert found["detail"] == "2 open; of 1 nobody supervises the workflow"
+    assert "peerctx supervise" in found["remedy"]
+
+
+@pytest.mark.parametrize("mode", ["always", "auto", "never"])
+def test_the_doctor_warns_that_without_a_broker_no_death_is_noticed(
+    run: Run, nobody: str, mode: str
+) -> None:
+    found = run("doctor", "--json", KAFKA_BOOTSTRAP_SERVERS=nobody, PEER_CONTEXT_MOCK_MODE=mode)
+    recovery = found.findings["recovery"]
+    assert recovery["state"] == "warning"
+    assert recovery["detail"] == "no death can be noticed without a broker"
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,7 @@ def test_variables_may_stand_in_langgraph_json_itself() -> None:
         ([f"flow={FLOWS}:builder"], "a StateGraph that is not compiled"),
         ([f"flow={FLOWS}:bare"], "has no checkpointer"),
         ([f"flow={FLOWS}:made_of"], "is called without arguments"),
+        ([f"flow={FLOWS}:Flow"], "is a class, not a graph or a function"),
         ([f"flow={FLOWS}:graph", f"flow={FLOWS}:made"], "two workflows are called 'flow'"),
         ([], "no workflow is named"),
     ],

@@ -22,7 +22,12 @@ from typing_extensions import TypedDict
 
 from langgraph_peerctx.durability.fenced_checkpointer import EPOCH, FencedCheckpointer
 from langgraph_peerctx.durability.ownership import Ownership
-from langgraph_peerctx.errors import ConfigurationError, StaleOwnerError, StoreError
+from langgraph_peerctx.errors import (
+    CheckpointerError,
+    ConfigurationError,
+    StaleOwnerError,
+    StoreError,
+)
 from langgraph_peerctx.persistence.leases import Leases
 
 AGENT, THREAD = "agent", "thread-1"
@@ -152,7 +157,7 @@ async def test_a_thread_that_is_anothers_is_refused_and_nothing_is_written(world
     a, b = world.process("a"), world.process("b")
     assert await a.claim()
     stored = await put(a.saver, "mine")
-    with pytest.raises(StaleOwnerError, match="claim it first") as caught:
+    with pytest.raises(StaleOwnerError, match="run it as owned") as caught:
         await put(b.saver, "theirs")
     assert caught.value.is_stale_write_owner_error
     with pytest.raises(StaleOwnerError):
@@ -498,3 +503,55 @@ async def test_what_a_channel_is_rebuilt_from_has_nothing_of_a_superseded_writer
     assert zombies >= 3
     final = await app.aget_state(AT)
     assert final.values["log"] == ["in", "first", "second", "third"]
+
+
+class Broken(InMemorySaver):
+    """Fails as a database's driver does."""
+
+    fault: Exception = OSError("the disk is gone")
+
+    def put(self, *_: Any, **__: Any) -> Any:
+        raise self.fault
+
+    def put_writes(self, *_: Any, **__: Any) -> Any:
+        raise self.fault
+
+    def get_tuple(self, *_: Any, **__: Any) -> Any:
+        raise self.fault
+
+    async def aput(self, *_: Any, **__: Any) -> Any:
+        raise self.fault
+
+    async def aput_writes(self, *_: Any, **__: Any) -> Any:
+        raise self.fault
+
+    async def aget_tuple(self, *_: Any, **__: Any) -> Any:
+        raise self.fault
+
+
+async def test_a_savers_failure_is_said_to_be_one_whatever_its_driver_raises(
+    tmp_path: Path,
+) -> None:
+    with Leases(f"sqlite:///{tmp_path}/c.db") as leases:
+        ownership = Ownership(leases, owner_id="p", incarnation="i", ttl_seconds=60)
+        saver = FencedCheckpointer(Broken(), ownership)
+        made, place = checkpoint("x", "1"), {"configurable": {**CONFIG["configurable"]}}
+        for call in (
+            lambda: saver.put(CONFIG, made, {}, {}),
+            lambda: saver.put_writes(place, [("value", 1)], "task"),
+            lambda: saver.get_tuple(AT),
+        ):
+            with pytest.raises(CheckpointerError, match=r"Broken.*the disk is gone"):
+                call()
+        for waiting in (
+            saver.aput(CONFIG, made, {}, {}),
+            saver.aput_writes(place, [("value", 1)], "task"),
+            saver.aget_tuple(AT),
+        ):
+            with pytest.raises(CheckpointerError, match=r"Broken.*the disk is gone"):
+                await waiting
+        saver.bare.fault = ValueError("what is no database's fault goes through")  # type: ignore[attr-defined]
+        with pytest.raises(ValueError, match="goes through"):
+            saver.get_tuple(AT)
+    with pytest.raises(CheckpointerError, match="closed"):
+        saver.put(CONFIG, made, {}, {})

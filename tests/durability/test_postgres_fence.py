@@ -227,7 +227,7 @@ async def test_who_lost_its_lease_is_refused_and_nothing_is_written(world: World
     a, b = await world.process("a"), await world.process("b")
     await a.claim()
     stored = await put(a.saver, "a")
-    with pytest.raises(StaleOwnerError, match="claim it first"):
+    with pytest.raises(StaleOwnerError, match="run it as owned"):
         await put(b.saver, "too early")
     await b.claim(dead_incarnation="a")
     with pytest.raises(StaleOwnerError, match="we held epoch 1"):

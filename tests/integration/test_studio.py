@@ -1,12 +1,13 @@
 """The graphs as LangGraph Studio opens them: a real server, offline, killed and started again."""
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +17,9 @@ from httpx import TransportError
 from langgraph_sdk import get_client
 from langgraph_sdk.client import LangGraphClient
 from services.kafka import free_ports
+
+from langgraph_peerctx.persistence.incidents import ControlDatabase
+from langgraph_peerctx.persistence.runs import Run
 
 REPOSITORY = Path(__file__).parents[2]
 OFFLINE = {
@@ -37,11 +41,16 @@ STEPS = [
 
 
 class Studio:
-    """`langgraph dev` as the documentation starts it, in a folder of its own: it writes there."""
+    """`langgraph dev` as the documentation starts it, in a folder of its own: it writes there.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: The folder.
+        names: What of the repository is in it.
+    """
+
+    def __init__(self, folder: Path, names: Iterable[str] = ("langgraph.json", "graphs")) -> None:
         self.folder = folder
-        for name in ("langgraph.json", "graphs"):
+        for name in names:
             (folder / name).symlink_to(REPOSITORY / name)
         (self.port,) = free_ports(1)
         self.log = folder / "server.log"
@@ -248,3 +257,74 @@ async def finish_the_recovery(client: LangGraphClient, thread: str) -> None:
     assert question["coverage"]["answered"] == ["inventory-agent", "marketing-agent"]
     done: Any = await client.runs.wait(thread, "recovery", command={"resume": {"approve": True}})
     assert done["result"]["status"] == "resumed"
+
+
+ORDER_AGENT = "order-agent"
+
+
+@pytest.fixture
+def control_url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/control.db"
+
+
+@pytest.fixture
+async def orders(tmp_path: Path, control_url: str) -> AsyncIterator[LangGraphClient]:
+    """A server of a graph whose runs are owned."""
+    path = "./tests/integration/owned_order.py:graph"
+    served = {"dependencies": ["."], "graphs": {"order": path}}
+    (tmp_path / "langgraph.json").write_text(json.dumps(served))
+    server = Studio(tmp_path, ["tests"]).start(
+        PEER_CONTEXT_MOCK_MODE="always",
+        PEER_CONTEXT_SENTINEL="off",
+        PEER_CONTEXT_DATABASE_URL=control_url,
+        PEER_CONTEXT_CONTROL_DATABASE_URL=control_url,
+    )
+    try:
+        async with server.client() as client:
+            yield client
+    finally:
+        server.close()
+
+
+async def test_a_servers_runs_are_owned_where_its_graph_says_so(
+    orders: LangGraphClient, control_url: str
+) -> None:
+    thread: str = (await orders.threads.create())["thread_id"]
+
+    def written_down() -> Run:
+        with ControlDatabase(control_url) as control:
+            lease = control.lease_of(ORDER_AGENT, thread)
+            assert lease is not None
+            assert lease.is_free
+            run = control.newest_run(ORDER_AGENT, thread)
+        assert run is not None
+        assert (run.workflow, run.end_kind) == ("order", "returned")
+        return run
+
+    asked: Any = await orders.runs.wait(thread, "order", input={"log": ["in"]})
+    assert asked["__interrupt__"][0]["value"] == "how many?"
+    first = written_down()
+    assert len(first.inputs) == 1
+    state: Any = await orders.threads.get_state(thread)
+    assert (state["next"], state["metadata"]["run_id"]) == (["ask"], first.run_id)
+    (task,) = state["tasks"]
+    assert task["interrupts"][0]["value"] == "how many?"
+
+    await orders.threads.update_state(thread, {"log": ["edited"]}, as_node="reserve")
+    done: Any = await orders.runs.wait(thread, "order", command={"resume": "three"})
+    assert done == {"log": ["in", "reserved", "edited", "three"]}
+    second = written_down()
+    assert (second.run_id, len(second.inputs)) == (first.run_id, 2)
+    assert second.inputs[1].checkpoint_id is not None
+
+    state = await orders.threads.get_state(thread)
+    assert (state["next"], state["values"]) == ([], done)
+    history: Any = await orders.threads.get_history(thread)
+    assert [past["next"] for past in history] == [
+        [],
+        ["ask"],  # edited
+        ["ask"],
+        ["reserve"],
+        ["__start__"],
+    ]
+    assert {past["metadata"].get("run_id") for past in history} == {first.run_id, None}

@@ -29,7 +29,8 @@ def given(data: bytes = b"input", at: str | None = None) -> RunInput:
 
 def new(run_id: str = "r1", thread: str = "t", **more: Any) -> NewRun:
     fields: dict[str, Any] = {"workflow": "launch", "durability": "sync", "given": given()}
-    return NewRun(run_id=run_id, agent_id="agent", thread_id=thread, **(fields | more))
+    fields["agent_id"] = "agent"
+    return NewRun(run_id=run_id, thread_id=thread, **(fields | more))
 
 
 def test_a_run_is_admitted_with_all_that_it_was_given(control: ControlDatabase) -> None:
@@ -194,6 +195,23 @@ def test_who_holds_how_much_is_told(control: ControlDatabase) -> None:
     (holder,) = control.holders()
     assert (holder.owner_id, holder.owner_incarnation, holder.runs) == ("process-a", "a", 2)
     assert 50 < holder.seconds_left <= 60
+    assert holder.agents == ("agent",)
+    for agent in ("z", "B"):
+        control.admit(new(f"run-of-{agent}", agent_id=agent), owner("a", ttl=10))
+    control.admit(new("r3", "t3"), owner("b", ttl=10))
+    assert [(h.owner_id, h.runs, h.agents) for h in control.holders()] == [
+        ("process-a", 4, ("B", "agent", "z")),
+        ("process-b", 1, ("agent",)),
+    ]
+
+
+async def test_open_runs_are_counted(control: ControlDatabase) -> None:
+    lease = control.admit(new("r1", "t1"), owner("a"))
+    control.admit(new("r2", "t2"), owner("b"))
+    control.hand_over("b")
+    assert await control.acount_open() == 2
+    assert control.end(lease, "r1", "returned")
+    assert control.count_open() == 1
 
 
 def test_of_twenty_admissions_at_once_one_succeeds(url: str, control: ControlDatabase) -> None:

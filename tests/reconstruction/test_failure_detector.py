@@ -106,6 +106,7 @@ class FakeRows:
                 owner_incarnation=life,
                 runs=len(each),
                 seconds_left=max(each) - self.clock(),
+                agents=("agent",),
             )
             for (owner, life), each in expiries.items()
         ]
@@ -606,7 +607,9 @@ def _lost(incarnation: str | None, seconds_left: float) -> LostRun:
 
 
 def _holder(seconds_left: float) -> Holder:
-    return Holder(owner_id="b", owner_incarnation="b-1", runs=1, seconds_left=seconds_left)
+    return Holder(
+        owner_id="b", owner_incarnation="b-1", runs=1, seconds_left=seconds_left, agents=("agent",)
+    )
 
 
 BEATS: dict[str, Any] = {"beat_at": 99.5}
@@ -724,6 +727,29 @@ async def test_the_table_shows_everybody_who_beats_or_holds_a_lease(settled: Wor
     assert (c.phi, c.last_heartbeat_seconds, c.holds) == (pytest.approx(0, abs=1e-6), 0, 0)
     assert (z.phi, z.last_heartbeat_seconds, z.holds) == (None, None, 1)
     assert table[0].holds == 1
+
+
+async def test_the_agents_of_a_process_are_those_it_hosts_and_those_whose_runs_it_owns(
+    settled: World,
+) -> None:
+    settled.own("c", "z")
+    settled.beat("c", agents=("x", "agent", "a"))
+    assert (await settled.state("c")).agents == ("a", "agent", "x")
+    assert (await settled.state("z")).agents == ("agent",)
+
+
+async def test_who_is_dead_and_holds_nothing_any_more_has_no_runs(settled: World) -> None:
+    settled.own("c")
+    settled.beat("c", open_runs=1)
+    settled.die("c")
+    row = await settled.state("c")
+    assert (row.state, row.open_runs, row.holds) == ("dead", 1, 1)
+    del settled.rows.threads["c"]
+    row = await settled.state("c")
+    assert (row.state, row.open_runs, row.holds) == ("dead", 0, 0)
+    settled.rows.fault = StoreBusyError("away")
+    row = await settled.state("c")
+    assert (row.open_runs, row.holds) == (1, None), "nobody can tell"
 
 
 async def test_a_database_that_fails_for_the_table_is_an_outage_too(settled: World) -> None:
@@ -1017,3 +1043,28 @@ async def test_who_is_silent_is_lost_when_the_databases_clock_says_so(
 
 def _named(process: str) -> PeerContextSettings:
     return SETTINGS.model_copy(update={"process_id": process})
+
+
+async def test_that_recovery_is_on_hold_is_said_once_and_so_is_its_end(
+    settled: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert "on hold" not in caplog.text, "that nobody was heard at the start is no news"
+    settled.broker_works = False
+    await settled.live(20, "a", "b")
+    settled.deaf = True
+    await settled.live(5, "a", "b")
+    settled.deaf, settled.broker_works = False, True
+    await settled.live(10, "a", "b")
+    said = [r.message for r in caplog.records if "recovery" in r.message]
+    assert [words.partition(":")[0] for words in said] == [
+        "recovery is on hold",
+        "recovery goes on",
+    ]
+
+
+async def test_without_a_broker_at_the_start_it_is_on_hold_and_says_so(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.deaf = True
+    await world.live(3)
+    assert caplog.text.count("recovery is on hold: there is no broker") == 1

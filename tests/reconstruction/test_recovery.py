@@ -290,7 +290,7 @@ async def test_a_thread_that_waits_for_a_human_is_left_waiting(bench: Bench) -> 
 
     assert (result["status"], result["recovered"]) == ("waiting_for_human", False)
     assert result["reasons"] == [
-        "waiting_for_human: ask asked a question: answer with Command(resume=...)"
+        "waiting_for_human: ask asks 'sure?': answer with Command(resume=...)"
     ]
     assert bench.began["ask"] == 1
     assert (await graph.ainvoke(Command(resume="yes"), CONFIG))["log"] == ["in", "yes"]

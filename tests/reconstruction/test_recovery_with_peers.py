@@ -122,6 +122,24 @@ async def test_a_dead_agents_workflow_goes_on_with_what_a_peer_remembers(
 
 
 @pytest.mark.usefixtures("peer")
+async def test_who_is_told_of_answers_and_raises_costs_the_recovery_nothing(
+    settings: PeerContextSettings, dead: Any
+) -> None:
+    def listener(_answer: Any) -> None:
+        raise BrokenPipeError("nobody reads any more")
+
+    result = await recover_and_resume_workflow_async(
+        workflow=dead,
+        agent_id="product-agent",
+        thread_id="thread-1",
+        expect=["inventory-agent"],
+        settings=settings,
+        on_answer=listener,
+    )
+    assert (result["status"], result["reasons"]) == ("resumed", [])
+
+
+@pytest.mark.usefixtures("peer")
 async def test_the_agents_own_record_outranks_its_peers(
     settings: PeerContextSettings, dead: Any
 ) -> None:
