@@ -39,8 +39,12 @@ class LeaseKeeper:
             await asyncio.wait({task})
 
     async def _keep(self) -> None:
+        loop = asyncio.get_running_loop()
+        due = loop.time()
         while True:
-            await asyncio.sleep(self._interval)
+            # Once an interval, however long a renewal takes; late, it does not hurry after.
+            due = max(due + self._interval, loop.time())
+            await asyncio.sleep(due - loop.time())
             self._watch.ask()
             try:
                 await self._renew()

@@ -39,7 +39,9 @@ async def test_a_recoverer_killed_anywhere_twice_is_taken_up_by_a_third(
 ) -> None:
     async def experiment(place: str) -> None:
         with databases() as database:
-            async with world(kafka.bootstrap_servers, database, seed=seed) as made:
+            async with world(
+                kafka.bootstrap_servers, database, seed=seed, work_seconds=0.3
+            ) as made:
                 await finished_in_spite_of_kills_at(made, place)
 
     await asyncio.gather(*(experiment(place) for place in places))
@@ -48,7 +50,7 @@ async def test_a_recoverer_killed_anywhere_twice_is_taken_up_by_a_third(
 async def test_of_twenty_supervisors_at_once_one_recovers_and_the_others_say_so(
     kafka: KafkaServer, database: str, seed: int
 ) -> None:
-    async with world(kafka.bootstrap_servers, database, seed=seed) as made:
+    async with world(kafka.bootstrap_servers, database, seed=seed, work_seconds=0.3) as made:
         await made.start_agent("alpha")
         names = [f"guard{number}" for number in range(20)]
         for start in range(0, 20, 5):
