@@ -11,6 +11,7 @@ ordered twice, and the frozen one was refused when it came back.
 import asyncio
 import contextlib
 import json
+import logging
 import signal
 import sqlite3
 import sys
@@ -471,6 +472,8 @@ def ends(outcome: Outcome) -> Table:
 
 def main() -> int:
     """Run the demonstration on the embedded broker and SQLite; return the exit code."""
+    # Broken off, a child may have been waited for already; asyncio warns of that.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
     console = Console()
     story = Story(console)
     console.print(
