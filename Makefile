@@ -34,9 +34,8 @@ notebooks: $(VENV)/notebooks
 # processes of their own, and want the machine for themselves.
 test: lint types
 	$(BIN)/python -m pytest --ignore tests/chaos --numprocesses 3 --dist loadfile \
-		--cov --cov-report= --cov-fail-under 0
-	$(BIN)/python -m pytest tests/chaos --numprocesses 2 --dist loadfile \
-		--cov --cov-append --cov-report term:skip-covered
+		--cov --cov-report term:skip-covered
+	$(BIN)/python -m pytest tests/chaos --numprocesses 2 --dist loadfile
 
 chaos: $(VENV)/dev
 	PEERCTX_CHAOS=200 $(BIN)/python -m pytest tests/chaos --capture no
