@@ -272,7 +272,7 @@ class Stage:
         for child in (*peers, guard, plain):
             await child.until("ready")
         # Until silence counts, too.
-        await asyncio.sleep(settings_for(self._scenario, "x").lease_seconds + 1)
+        await asyncio.sleep(settings_for(self._scenario, "x").silence_seconds * 2 + 1)
         return guard, plain
 
     async def agent_in_node(self, thread_id: str, *, owns: bool) -> Child:
@@ -356,7 +356,7 @@ async def lost_host(made: World, kills: int) -> dict[str, Any]:
         node.append(next_at - at)
     return {
         "kills": kills,
-        "limit_seconds": settings.lease_seconds,
+        "limit_seconds": settings.silence_seconds * 2,
         "the lease runs out": figures(left),
         "known": figures(known),
         "silent when known": figures(silent),
