@@ -192,13 +192,6 @@ class Ownership:
         self.drop(held)
         return self.control.end(held.lease, run_id, kind, error=error)
 
-    async def aend(
-        self, held: Held, run_id: str, kind: EndKind, *, error: str | None = None
-    ) -> bool:
-        """See `end`."""
-        self.drop(held)
-        return await self.control.aend(held.lease, run_id, kind, error=error)
-
     @property
     def owes(self) -> bool:
         """Whether an end is still to be written down."""

@@ -281,10 +281,6 @@ class ControlDatabase(Runs):
         asked = () if status is None else (incidents.c.status == status,)
         return self._incidents(*asked, limit=limit)
 
-    async def asettle(self, recovery: Recovery, how: Settlement) -> bool:
-        """See `settle`."""
-        return await self.in_thread(partial(self.settle, recovery, how))
-
     async def aincident_of(self, agent_id: str, thread_id: str) -> Incident | None:
         """See `incident_of`."""
         return await self.in_thread(partial(self.incident_of, agent_id, thread_id))

@@ -378,20 +378,6 @@ class Runs(Leases):
         """See `admit`."""
         return await self.in_thread(partial(self.admit, run, owner))
 
-    async def areopen(self, run: NewRun, owner: Owner) -> Lease:
-        """See `reopen`."""
-        return await self.in_thread(partial(self.reopen, run, owner))
-
-    async def atake(self, agent_id: str, thread_id: str, owner: Owner) -> Lease:
-        """See `take`."""
-        return await self.in_thread(partial(self.take, agent_id, thread_id, owner))
-
-    async def aend(
-        self, lease: Lease, run_id: str, kind: EndKind, *, error: str | None = None
-    ) -> bool:
-        """See `end`."""
-        return await self.in_thread(partial(self.end, lease, run_id, kind, error=error))
-
     async def ahand_over(self, incarnation: str) -> int:
         """See `hand_over`."""
         return await self.in_thread(partial(self.hand_over, incarnation))

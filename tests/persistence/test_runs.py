@@ -153,8 +153,8 @@ def test_only_open_runs_are_lost(control: ControlDatabase) -> None:
 async def test_the_async_twins_do_the_same(control: ControlDatabase) -> None:
     lease = await control.aadmit(new(), owner("a"))
     assert await control.arun("r1") == await control.anewest_run("agent", "t")
-    assert await control.aend(lease, "r1", "returned")
-    again = await control.areopen(new(), owner("a"))
+    assert control.end(lease, "r1", "returned")
+    again = control.reopen(new(), owner("a"))
     assert [holder.owner_incarnation for holder in await control.aholders()] == ["a"]
     assert again.epoch == 2
     assert await control.ahand_over("a") == 1
