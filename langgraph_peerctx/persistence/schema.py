@@ -125,6 +125,15 @@ barred_keys: Table = Table(
     comment="Effects that agent_id has promised to refuse from epochs below this one.",
 )
 
+receivers: Table = Table(
+    "peerctx_receivers",
+    metadata,
+    Column("agent_id", Text, nullable=False),
+    Column("since", BigInteger, nullable=False),
+    PrimaryKeyConstraint("agent_id"),
+    comment="Agents that take effects by their keys alone: what has no receipt did not arrive.",
+)
+
 # The control database: shared with the recoverers.
 
 leases: Table = Table(
@@ -165,6 +174,8 @@ runs: Table = Table(
     Column("ended_at", BigInteger),
     Column("end_kind", Text),
     Column("error", Text),
+    # It began anew without knowing what it had done before: its effects are in doubt.
+    Column("lost_ledger", Integer, nullable=False, server_default=text("0")),
     CheckConstraint(
         "end_kind IN ('returned', 'raised', 'cancelled', 'handed_over')", name="end_kind"
     ),
@@ -211,6 +222,10 @@ effects: Table = Table(
     Column("intent_at", BigInteger, nullable=False),
     Column("outcome", Text),
     Column("done_at", BigInteger),
+    Column("if_unknown", Text),
+    Column("source", Text),  # who says what came of it
+    Column("has_check", Integer, nullable=False, server_default=text("0")),
+    Column("unknown_at", BigInteger),  # when nobody could tell
     PrimaryKeyConstraint("agent_id", "effect_id"),
     CheckConstraint("scope IN ('run', 'thread')", name="scope"),
     CheckConstraint("status IN ('intent', 'done', 'not_done')", name="status"),

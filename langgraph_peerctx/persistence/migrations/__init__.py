@@ -1,4 +1,4 @@
 """The schema's history; applied by `upgrade.upgrade`."""
 
-HEAD = "0002"
+HEAD = "0003"
 VERSION_TABLE = "peerctx_schema_version"
