@@ -2,6 +2,7 @@
 
 from langgraph_peerctx.config import KafkaConfig, PeerContextSettings
 from langgraph_peerctx.drawing import Drawing, draw_incident, draw_recovery, draw_states
+from langgraph_peerctx.durability.effects import Settled, current_effect, effect
 from langgraph_peerctx.durability.fenced_checkpointer import FencedCheckpointer
 from langgraph_peerctx.errors import (
     BrokerUnavailableError,
@@ -46,8 +47,10 @@ from langgraph_peerctx.persistence.event_store import (
 from langgraph_peerctx.persistence.incidents import ControlDatabase, Incident
 from langgraph_peerctx.persistence.runs import Run
 from langgraph_peerctx.protocol.messages import InDoubtKey, Interaction
+from langgraph_peerctx.protocol.tickets import EffectTicket
 from langgraph_peerctx.reconstruction.answering import aanswer_recovery, answer_recovery
 from langgraph_peerctx.reconstruction.evidence import Reconstruction
+from langgraph_peerctx.reconstruction.explaining import explain as explain_reconstruction
 from langgraph_peerctx.reconstruction.failure_detector import (
     AgentFailure,
     FailureDetector,
@@ -76,6 +79,7 @@ __all__ = [
     "ControlDatabase",
     "Coverage",
     "Drawing",
+    "EffectTicket",
     "EmbeddedBroker",
     "EventStore",
     "Fact",
@@ -107,6 +111,7 @@ __all__ = [
     "Run",
     "SendOutcomeUnknownError",
     "SentinelRunningError",
+    "Settled",
     "StaleOwnerError",
     "StoreBusyError",
     "StoreError",
@@ -121,9 +126,12 @@ __all__ = [
     "create_ask_peers_tool",
     "create_peer_context_subgraph",
     "create_recovery_graph",
+    "current_effect",
     "draw_incident",
     "draw_recovery",
     "draw_states",
+    "effect",
+    "explain_reconstruction",
     "get_event_store",
     "get_service_manager",
     "merge_peer_context",

@@ -136,4 +136,17 @@ class ThreadBusyError(RecoveryError):
 
 
 class InDoubtError(RecoveryError):
-    """Nobody can tell whether an effect happened before the crash."""
+    """Nobody can tell whether an effect happened before the crash.
+
+    Attributes:
+        is_final: Whether the caller wants to fail then; otherwise the run is handed over, and goes
+            on when its peer, or a human, has told.
+    """
+
+    def __init__(self, question: str, is_final: bool = False) -> None:  # noqa: FBT001, FBT002 - pickled by position
+        super().__init__(question, is_final)
+        self.question = question
+        self.is_final = is_final
+
+    def __str__(self) -> str:
+        return self.question

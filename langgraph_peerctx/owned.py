@@ -17,6 +17,8 @@ from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.types import Durability
 
 from langgraph_peerctx import background
+from langgraph_peerctx.asking import EffectPeers
+from langgraph_peerctx.background import BackgroundRuntime
 from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.durability.admission import (
     fenced,
@@ -29,6 +31,7 @@ from langgraph_peerctx.durability.admission import (
 )
 from langgraph_peerctx.durability.fenced_checkpointer import FencedCheckpointer
 from langgraph_peerctx.durability.ownership import AgentFence, Held, Ownership
+from langgraph_peerctx.durability.run_effects import About, RunEffects
 from langgraph_peerctx.durability.workflow import (
     Workflow,
     checkpointer_of,
@@ -39,11 +42,13 @@ from langgraph_peerctx.durability.workflow import (
 from langgraph_peerctx.errors import (
     CheckpointerError,
     ConfigurationError,
+    InDoubtError,
     StaleOwnerError,
     StoreError,
 )
 from langgraph_peerctx.identifiers import check_id, new_id
 from langgraph_peerctx.persistence.runs import EndKind, NewRun, Run, RunInput
+from langgraph_peerctx.tracing import current_traceparent
 
 _logger = logging.getLogger(__name__)
 
@@ -344,12 +349,16 @@ async def _begun(
         held = await ownership.aadmit(run, goes_on=newest is not None)
         runtime.watch.add(held.key, asyncio.get_running_loop(), order.patience(runtime.settings))
         try:
-            yield order.fenced(ownership), of_admitted_run(order.config, run.run_id), order.options
+            yield (
+                order.fenced(ownership),
+                order.place_of(run, held, ownership, runtime),
+                order.options,
+            )
         except BaseException as error:
-            await _ended(ownership, held, run.run_id, *_how(error, ownership))
+            await write_end(ownership, held, run.run_id, *how_it_ended(error, ownership))
             raise
         else:
-            await _ended(ownership, held, run.run_id, "returned", None)
+            await write_end(ownership, held, run.run_id, "returned", None)
         finally:
             runtime.watch.remove(held.key)
     finally:
@@ -364,7 +373,8 @@ def _begun_now(
     order = _Order(plain, terms, given, config, options)
     lease = background.lease(terms.settings, keep=True)
     try:
-        ownership = lease.runtime().own_now()
+        runtime = lease.runtime()
+        ownership = runtime.own_now()
         newest, head_id = None, None
         if order.continues:
             newest = ownership.control.newest_run(terms.agent_id, order.thread_id)
@@ -373,9 +383,13 @@ def _begun_now(
         run = order.run(newest, head_id)
         held = ownership.admit(run, goes_on=newest is not None)
         try:
-            yield order.fenced(ownership), of_admitted_run(order.config, run.run_id), order.options
+            yield (
+                order.fenced(ownership),
+                order.place_of(run, held, ownership, runtime),
+                order.options,
+            )
         except BaseException as error:
-            _ended_now(ownership, held, run.run_id, *_how(error, ownership))
+            _ended_now(ownership, held, run.run_id, *how_it_ended(error, ownership))
             raise
         else:
             _ended_now(ownership, held, run.run_id, "returned", None)
@@ -426,7 +440,23 @@ class _Order:
             config=packed_config(plain, self.config, self.options),
             context=packed_context(plain, self.options.get("context")),
             durability=self.options["durability"],
+            traceparent=current_traceparent(),
         )
+
+    def place_of(
+        self, run: NewRun, held: Held, ownership: Ownership, runtime: BackgroundRuntime
+    ) -> RunnableConfig:
+        """Return the config that an admitted run runs with."""
+        about = About(
+            agent_id=run.agent_id, thread_id=run.thread_id, run_id=run.run_id, epoch=held.epoch
+        )
+        effects = RunEffects(
+            ownership.control,
+            about,
+            incarnation=ownership.owner.incarnation,
+            peers=EffectPeers(runtime),
+        )
+        return effects.go_along(of_admitted_run(self.config, run.run_id))
 
     def fenced(self, ownership: Ownership) -> Workflow:
         """Return the workflow behind the fence of what this process owns."""
@@ -456,17 +486,19 @@ class _Order:
         return chosen
 
 
-def _how(error: BaseException, ownership: Ownership) -> tuple[EndKind, str | None]:
+def how_it_ended(error: BaseException, ownership: Ownership) -> tuple[EndKind, str | None]:
     """Say how a run ended that did not return."""
     if isinstance(error, StaleOwnerError | CheckpointerError):
         # It did not fail by itself: whoever has the thread next, goes on with it.
+        return "handed_over", f"{type(error).__name__}: {error}"
+    if isinstance(error, InDoubtError) and not error.is_final:
         return "handed_over", f"{type(error).__name__}: {error}"
     if isinstance(error, Exception):
         return "raised", f"{type(error).__name__}: {error}"
     return ("handed_over" if ownership.is_leaving else "cancelled"), type(error).__name__
 
 
-async def _ended(
+async def write_end(
     ownership: Ownership, held: Held, run_id: str, kind: EndKind, error: str | None
 ) -> None:
     """Write the end down, whoever is cancelled meanwhile; the run's own outcome counts more."""

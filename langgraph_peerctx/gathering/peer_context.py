@@ -9,7 +9,7 @@ from pydantic import JsonValue, TypeAdapter
 from pydantic_core import to_json
 
 from langgraph_peerctx.drawing import coverage_html, peer_context_html
-from langgraph_peerctx.protocol.messages import InDoubtAnswer, Interaction, Json
+from langgraph_peerctx.protocol.messages import InDoubtAnswer, InDoubtKey, Interaction, Json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +110,20 @@ class Coverage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Answered:
+    """One answer that came.
+
+    Attributes:
+        agents: Each agent that its process answered for, and with what.
+        at: When it was read, by our clock.
+    """
+
+    responder_id: str
+    agents: Mapping[str, str]
+    at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PeerContext:
     """What the peers remember of one agent in one thread.
 
@@ -121,6 +135,7 @@ class PeerContext:
         coverage: How much of the truth this is.
         degraded: Why this is not the whole truth; empty when nothing was missing.
         elapsed_seconds: From the request's sending to the end, by the monotonic clock.
+        answers: Who answered and when, in the order in which they came.
     """
 
     correlation_id: str
@@ -134,6 +149,28 @@ class PeerContext:
     coverage: Coverage = field(default_factory=Coverage)
     degraded: tuple[str, ...] = ()
     elapsed_seconds: float = 0.0
+    answers: tuple[Answered, ...] = ()
+
+    def word_on(self, key: InDoubtKey) -> InDoubtAnswer | None:
+        """Return what the named peer says of an effect in doubt; None if it says nothing.
+
+        Where those who remember the effect contradict each other, nobody can tell.
+        """
+        found = [
+            answer
+            for answer in self.in_doubt
+            if (answer.effect_key, answer.agent_id) == (key.effect_key, key.peer_id)
+        ]
+        if not found:
+            return None
+        disputed = any(
+            version.effect_key == key.effect_key
+            for conflict in self.conflicts
+            for version in conflict.versions.values()
+        )
+        if not disputed:
+            return found[0]
+        return found[0].model_copy(update={"verdict": "cannot_tell", "reply": None})
 
     def as_channel(self) -> Json:
         """Return event id -> fact, plain JSON: what goes into a workflow's state.

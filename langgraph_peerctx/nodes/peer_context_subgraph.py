@@ -183,9 +183,13 @@ class Position(OnRuntime):
     """Notes where the answers will be read from; nothing is sent."""
 
     def __init__(
-        self, settings: PeerContextSettings | None = None, source: RuntimeSource | None = None
+        self,
+        settings: PeerContextSettings | None = None,
+        source: RuntimeSource | None = None,
+        epoch: int = 0,
     ) -> None:
         super().__init__("position", settings, source)
+        self._epoch = epoch
 
     def work(self, state: Any, config: RunnableConfig) -> Work:
         """See `OnRuntime.work`."""
@@ -195,6 +199,7 @@ class Position(OnRuntime):
             thread_id=thread_in(state, "thread_id", config),
             time_window_seconds=seconds_in(state, "time_window_seconds"),
             run_id=value_in(state, "run_id"),
+            epoch=self._epoch,
             in_doubt=_in_doubt_in(state),
         )
 

@@ -11,14 +11,15 @@ from datetime import datetime
 from functools import partial
 from typing import Any, Literal, cast
 
-from sqlalchemy import Connection, Row, select, update
+from sqlalchemy import Connection, Row, or_, select, update
 from sqlalchemy.sql.elements import ColumnElement
 
 from langgraph_peerctx.errors import ConfigurationError
 from langgraph_peerctx.identifiers import new_id
+from langgraph_peerctx.persistence.effect_ledger import EffectLedger
 from langgraph_peerctx.persistence.leases import Lease
 from langgraph_peerctx.persistence.rows import json_text, moment_at
-from langgraph_peerctx.persistence.runs import EndKind, LostRun, Owner, Run, Runs
+from langgraph_peerctx.persistence.runs import EndKind, LostRun, Owner, Run
 from langgraph_peerctx.persistence.schema import incidents, leases, runs
 from langgraph_peerctx.protocol.messages import Json
 
@@ -90,7 +91,8 @@ class Settlement:
     Attributes:
         status: What becomes of the incident.
         end_kind: How the run ended; `handed_over` leaves it open.
-        retry_seconds: Until the next attempt, if `open`.
+        retry_seconds: Until the next attempt, if `open`; if `waiting_for_human`, until it is seen
+            whether the answer has come from elsewhere, and None if only a human has it.
         counts: Whether it counts as an attempt: an outage is nobody's fault.
     """
 
@@ -100,12 +102,12 @@ class Settlement:
     result: Mapping[str, Any] | None = None
     report: Mapping[str, Any] | None = None
     question: Mapping[str, Any] | None = None
-    retry_seconds: float = 0.0
+    retry_seconds: float | None = None
     counts: bool = True
 
 
-class ControlDatabase(Runs):
-    """What agents and recoverers share: leases, runs and incidents.
+class ControlDatabase(EffectLedger):
+    """What agents and recoverers share: leases, runs, effects and incidents.
 
     Safe to use from any thread; see `Database` for its arguments. Methods with `a` in front are for
     a loop.
@@ -169,7 +171,6 @@ class ControlDatabase(Runs):
                     epoch=lease.epoch,
                     recoverer_id=owner.owner_id,
                     next_attempt_at=None,
-                    question=None,
                 )
             begun = self._incident(connection, incidents.c.incident_id == found.incident_id)
             assert begun is not None  # noqa: S101 - written above
@@ -190,24 +191,28 @@ class ControlDatabase(Runs):
             if not self._give_back(connection, recovery.lease):
                 # The answer to an earlier try may have been lost.
                 now = self._incident(connection, incidents.c.incident_id == incident.incident_id)
-                return now is not None and (now.status, now.epoch, now.recoverer_id) == (
-                    how.status,
+                is_ours = now is not None and (now.epoch, now.recoverer_id) == (
                     incident.epoch,
                     incident.recoverer_id,
                 )
+                return is_ours and now is not None and now.status in (how.status, "open")
             self._end(connection, recovery.run.run_id, how.end_kind, how.error)
-            wait = int(how.retry_seconds * _MICROSECONDS)
+            status, wait = how.status, how.retry_seconds
+            answer = self._answer_since(connection, incident)
+            if status == "waiting_for_human" and answer is not None:
+                status, wait = "open", None
+            waits = status == "open" or (status == "waiting_for_human" and wait is not None)
             self._update(
                 connection,
                 incident.incident_id,
-                status=how.status,
+                status=status,
                 attempts=incident.attempts - (0 if how.counts else 1),
                 # It may not have been used yet.
-                answer=_json(incident.answer) if how.status == "open" else None,
+                answer=_json(answer or incident.answer) if status == "open" else None,
                 question=_json(how.question),
                 result=_json(how.result),
                 report=_json(how.report),
-                next_attempt_at=self._now + wait if how.status == "open" else None,
+                next_attempt_at=self._now + int((wait or 0) * _MICROSECONDS) if waits else None,
             )
             return True
 
@@ -240,11 +245,24 @@ class ControlDatabase(Runs):
             ConfigurationError: If there is no such incident, or it asks nothing.
             ProtocolError: If the answer is no plain JSON.
         """
+        kept = json_text({"value": answer}, name="answer")
+        found = self.incident(incident_id)
+        asks = found is not None and found.question is not None and found.answer is None
+        if found is not None and asks and found.status == "recovering":
+            # It is being looked whether the answer has come from elsewhere.
+            adding = (
+                update(incidents)
+                .where(
+                    incidents.c.incident_id == found.incident_id,
+                    incidents.c.status == "recovering",
+                    incidents.c.epoch == found.epoch,
+                )
+                .values(answer=kept, updated_at=self._now)
+            )
+            if self._work(lambda connection: connection.execute(adding).rowcount):
+                return found
         return self._moved_on(
-            incident_id,
-            {"waiting_for_human"},
-            "is not waiting for an answer",
-            answer=json_text({"value": answer}, name="answer"),
+            incident_id, {"waiting_for_human"}, "is not waiting for an answer", answer=kept
         )
 
     def redrive(self, incident_id: str) -> Incident:
@@ -372,10 +390,18 @@ class ControlDatabase(Runs):
             return True
         due = select(incidents.c.incident_id).where(
             incidents.c.incident_id == incident.incident_id,
-            incidents.c.status == "open",
-            incidents.c.next_attempt_at.is_(None) | (incidents.c.next_attempt_at <= self._now),
+            or_(
+                (incidents.c.status == "open") & incidents.c.next_attempt_at.is_(None),
+                incidents.c.status.in_(("open", "waiting_for_human"))
+                & (incidents.c.next_attempt_at <= self._now),
+            ),
         )
         return connection.execute(due).first() is not None
+
+    def _answer_since(self, connection: Connection, incident: Incident) -> Json | None:
+        """Return what a human has answered since an attempt began; None if nothing."""
+        now = self._incident(connection, incidents.c.incident_id == incident.incident_id)
+        return None if now is None or now.answer == incident.answer else now.answer
 
     def _update(self, connection: Connection, incident_id: str, **values: Any) -> None:
         connection.execute(

@@ -5,7 +5,7 @@ is done: so a run that was killed before its first checkpoint is known, with its
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from itertools import groupby
@@ -16,7 +16,7 @@ from sqlalchemy.sql.elements import ColumnElement
 
 from langgraph_peerctx.errors import ThreadBusyError
 from langgraph_peerctx.persistence.leases import Lease, Leases
-from langgraph_peerctx.persistence.rows import moment_at
+from langgraph_peerctx.persistence.rows import microseconds, moment_at
 from langgraph_peerctx.persistence.schema import incidents, leases, run_inputs, runs
 from langgraph_peerctx.protocol.json_values import plain_text
 
@@ -57,6 +57,10 @@ class NewRun:
         workflow: The name under which supervisors know its workflow.
         config: What of its config can be kept.
         context: Its context, if that can be kept.
+        doubted_since: The record of an earlier begin is lost: since then, at the earliest, it may
+            have had effects of which its ledger does not know.
+        above_epoch: The highest epoch of the thread that anybody remembers.
+        traceparent: The span in which it began, if it is traced.
     """
 
     run_id: str
@@ -67,6 +71,9 @@ class NewRun:
     config: Packed | None = None
     context: Packed | None = None
     durability: RunDurability | None = None
+    doubted_since: datetime | None = None
+    above_epoch: int = 0
+    traceparent: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +86,8 @@ class Run:
         inputs: What it was given: its input first, then each answer; at least one.
         end_kind: How it ended; None while it is open. `handed_over` waits for its next owner.
         error: What it raised.
+        doubted_since: See `NewRun`.
+        traceparent: The span in which it began or was gone on with; None if it was not traced.
     """
 
     run_id: str
@@ -95,6 +104,8 @@ class Run:
     ended_at: datetime | None
     end_kind: EndKind | None
     error: str | None
+    doubted_since: datetime | None = None
+    traceparent: str | None = None
 
     @property
     def is_open(self) -> bool:
@@ -169,6 +180,8 @@ class Runs(Leases):
 
         def work(connection: Connection) -> Lease:
             lease = self._take(connection, run.agent_id, run.thread_id, owner, run_id=run.run_id)
+            lease = self._raised(connection, lease, run.above_epoch)
+            since = run.doubted_since
             row = {
                 "run_id": plain_text(run.run_id),
                 "agent_id": run.agent_id,
@@ -177,6 +190,8 @@ class Runs(Leases):
                 "owner_incarnation": owner.incarnation,
                 "epoch": lease.epoch,
                 "durability": run.durability,
+                "doubted_since": None if since is None else microseconds(since),
+                "traceparent": run.traceparent,
                 **_columns_of("config", run.config),
                 **_columns_of("context", run.context),
             }
@@ -206,6 +221,7 @@ class Runs(Leases):
             self._own(connection, run.run_id, owner, lease)
             given = {
                 "durability": run.durability,
+                "traceparent": run.traceparent,
                 **_columns_of("config", run.config),
                 **_columns_of("context", run.context),
             }
@@ -444,6 +460,17 @@ class Runs(Leases):
             )
         return lease
 
+    def _raised(self, connection: Connection, lease: Lease, above_epoch: int) -> Lease:
+        """Raise a lease's epoch above one that others remember, where our own record is lost."""
+        if lease.epoch > above_epoch:
+            return lease
+        connection.execute(
+            update(leases)
+            .where(leases.c.agent_id == lease.agent_id, leases.c.thread_id == lease.thread_id)
+            .values(epoch=above_epoch + 1)
+        )
+        return replace(lease, epoch=above_epoch + 1)
+
     def _own(self, connection: Connection, run_id: str, owner: Owner, lease: Lease) -> None:
         """Let a run go on under a new owner."""
         connection.execute(
@@ -527,6 +554,8 @@ class Runs(Leases):
             ended_at=None if row.ended_at is None else moment_at(row.ended_at),
             end_kind=cast("EndKind | None", row.end_kind),
             error=row.error,
+            doubted_since=None if row.doubted_since is None else moment_at(row.doubted_since),
+            traceparent=row.traceparent,
         )
 
     def _lost(self, *asked: ColumnElement[bool], limit: int) -> list[LostRun]:
@@ -563,8 +592,10 @@ class Runs(Leases):
             incidents.c.thread_id == runs.c.thread_id,
             incidents.c.run_id == runs.c.run_id,
             or_(
-                incidents.c.status.in_(("waiting_for_human", "dead_letter")),
-                (incidents.c.status == "open") & (incidents.c.next_attempt_at > self._now),
+                incidents.c.status == "dead_letter",
+                (incidents.c.status == "waiting_for_human")
+                & incidents.c.next_attempt_at.is_(None),
+                incidents.c.next_attempt_at > self._now,
             ),
         )
 

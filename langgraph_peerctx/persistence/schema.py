@@ -174,8 +174,8 @@ runs: Table = Table(
     Column("ended_at", BigInteger),
     Column("end_kind", Text),
     Column("error", Text),
-    # It began anew without knowing what it had done before: its effects are in doubt.
-    Column("lost_ledger", Integer, nullable=False, server_default=text("0")),
+    # The record of an earlier begin is lost: since then, what is not in the ledger is in doubt.
+    Column("doubted_since", BigInteger),
     CheckConstraint(
         "end_kind IN ('returned', 'raised', 'cancelled', 'handed_over')", name="end_kind"
     ),

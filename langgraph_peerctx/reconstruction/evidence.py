@@ -1,12 +1,14 @@
 """Put checkpoint, own events and peers together; the better evidence stands."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
 from langgraph_peerctx.gathering.peer_context import Conflict, PeerContext
 from langgraph_peerctx.nodes.state import EVIDENCE_RANKS, merge_peer_context
+from langgraph_peerctx.persistence.effect_ledger import Effect
 from langgraph_peerctx.protocol.messages import Interaction, Json
 from langgraph_peerctx.reconstruction.checkpoint import CheckpointView
+from langgraph_peerctx.reconstruction.settling import doubtful, effect_json
 from langgraph_peerctx.reconstruction.sources import EvidenceQuery, OwnHistory
 
 
@@ -25,6 +27,9 @@ class Reconstruction(TypedDict):
         coverage: Who was asked and what became of it; None if nobody was.
         conflicts: Events that those who remember them remember differently.
         in_doubt: What the named peers said of the effects that were asked about.
+        effects: The run's effects, in the order they were meant: what is known of each, from whom.
+        consumed: What peers took from the agent after its last checkpoint: a resume goes back
+            behind it.
         provenance: For each restored fact its source, rank, event id and time.
         degraded: Whether something is missing that should be here; `reasons` says what.
     """
@@ -40,6 +45,8 @@ class Reconstruction(TypedDict):
     coverage: Json | None
     conflicts: list[Json]
     in_doubt: list[Json]
+    effects: list[Json]
+    consumed: list[Json]
     provenance: list[Json]
     degraded: bool
     reasons: list[str]
@@ -50,6 +57,7 @@ def reconstruct(
     checkpoint: CheckpointView | None,
     own: OwnHistory,
     peers: PeerContext | None,
+    effects: Sequence[Effect] = (),
 ) -> Reconstruction:
     """Put the evidence together; pure.
 
@@ -65,7 +73,7 @@ def reconstruct(
         *(peers.degraded if peers else ()),
         *_missing(checkpoint),
         *_out_of_sight(query),
-        *_unsettled(query, peers),
+        *_unsettled(query, peers, effects),
     ]
     return Reconstruction(
         agent_id=query.agent_id,
@@ -79,7 +87,13 @@ def reconstruct(
         coverage=peers.coverage.as_json() if peers else None,
         conflicts=_conflicts(query, own, peers),
         in_doubt=[answer.model_dump(mode="json") for answer in peers.in_doubt] if peers else [],
-        provenance=[*_restored(checkpoint), *(_origin(*item) for item in known.items())],
+        effects=[effect_json(effect) for effect in effects],
+        consumed=_consumed(query.agent_id, checkpoint, peers),
+        provenance=[
+            *_restored(checkpoint),
+            *_done(effects),
+            *(_origin(*item) for item in known.items()),
+        ],
         degraded=bool(reasons),
         reasons=reasons,
     )
@@ -107,14 +121,22 @@ def _out_of_sight(query: EvidenceQuery) -> list[str]:
     return [f"window: the last checkpoint is older than {window}: what was known then is not here"]
 
 
-def _unsettled(query: EvidenceQuery, peers: PeerContext | None) -> list[str]:
+def _unsettled(
+    query: EvidenceQuery, peers: PeerContext | None, effects: Sequence[Effect]
+) -> list[str]:
     """Say which effects stay in doubt; only the peer that a key names settles it."""
+    ours = {effect.key for effect in effects}
     told = {
         (answer.effect_key, answer.agent_id)
         for answer in (peers.in_doubt if peers else ())
         if answer.verdict != "cannot_tell"
     }
-    keys = [key.effect_key for key in query.in_doubt if (key.effect_key, key.peer_id) not in told]
+    keys = [effect.key for effect in doubtful(effects)]
+    keys += [
+        key.effect_key
+        for key in query.in_doubt
+        if key.effect_key not in ours and (key.effect_key, key.peer_id) not in told
+    ]
     if not keys:
         return []
     return [f"in_doubt: nobody could tell whether it happened: {', '.join(keys)[:200]!r}"]
@@ -166,6 +188,40 @@ def _restored(checkpoint: CheckpointView | None) -> Iterable[Json]:
             "event_id": checkpoint.checkpoint_id,
             "occurred_at": checkpoint.created_at.isoformat(),
         }
+
+
+def _done(effects: Sequence[Effect]) -> Iterable[Json]:
+    """Yield the origin of each outcome that is known."""
+    for effect in effects:
+        if effect.status == "intent" or effect.done_at is None:
+            continue
+        source = {"own": "own", "peer": "peer"}.get(effect.source or "own", effect.source)
+        yield {
+            "fact": f"effect.{effect.name}",
+            "source": source,
+            "rank": EVIDENCE_RANKS.get(str(source), EVIDENCE_RANKS["own"]),
+            "event_id": effect.key,
+            "occurred_at": effect.done_at.isoformat(),
+        }
+
+
+def _consumed(
+    agent_id: str, checkpoint: CheckpointView | None, peers: PeerContext | None
+) -> list[Json]:
+    """Return what peers have from the agent that its checkpoint does not know of yet."""
+    since = None if checkpoint is None else checkpoint.created_at
+    facts = () if peers is None else peers.facts
+    return [
+        {
+            "peer": fact.interaction.to_agent,
+            "interaction_id": fact.interaction.interaction_id,
+            "kind": fact.interaction.kind,
+            "occurred_at": fact.interaction.occurred_at.isoformat(),
+        }
+        for fact in facts
+        if fact.interaction.from_agent == agent_id
+        and (since is None or fact.interaction.occurred_at > since)
+    ]
 
 
 def _origin(event_id: str, fact: Mapping[str, Any]) -> Json:

@@ -11,14 +11,15 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.checkpoint.serde.types import INTERRUPT
 from langgraph.types import Command
 
-from langgraph_peerctx.config import PeerContextSettings
+from langgraph_peerctx.asking import calls_of
+from langgraph_peerctx.background import BackgroundRuntime
 from langgraph_peerctx.durability.admission import (
     config_of,
     context_of,
@@ -28,12 +29,12 @@ from langgraph_peerctx.durability.admission import (
 )
 from langgraph_peerctx.durability.fenced_checkpointer import FencedCheckpointer
 from langgraph_peerctx.durability.isolation import in_empty_context
-from langgraph_peerctx.durability.loop_watch import LoopWatch
-from langgraph_peerctx.durability.ownership import AgentFence, Ownership
+from langgraph_peerctx.durability.ownership import AgentFence, Held, Ownership
 from langgraph_peerctx.durability.workflow import Workflow, checkpointer_of, compiled
 from langgraph_peerctx.errors import (
     BrokerUnavailableError,
     CheckpointerError,
+    InDoubtError,
     PeerContextError,
     StaleOwnerError,
     StoreError,
@@ -44,14 +45,16 @@ from langgraph_peerctx.nodes.peer_context_subgraph import Limits
 from langgraph_peerctx.owned import unowned
 from langgraph_peerctx.persistence.incidents import Incident, Recovery, Settlement
 from langgraph_peerctx.persistence.runs import LostRun, Run
+from langgraph_peerctx.protocol.looking import plain
 from langgraph_peerctx.reconstruction.approval import Thresholds
 from langgraph_peerctx.reconstruction.incident import OnStep, StepRecord, tell, timed
-from langgraph_peerctx.reconstruction.plain import plain
 from langgraph_peerctx.reconstruction.recovery_graph import RecoveryPlan, RecoverySteps
 from langgraph_peerctx.reconstruction.result import RecoveryResult
 from langgraph_peerctx.reconstruction.resume import Admitted, Given
+from langgraph_peerctx.reconstruction.settling import OwnedThread
 from langgraph_peerctx.reconstruction.sources import OwnEvents
 from langgraph_peerctx.reconstruction.standing import as_it_stands, kept, result_without
+from langgraph_peerctx.runtime import PeerContextRuntime
 
 _logger = logging.getLogger(__name__)
 
@@ -106,20 +109,6 @@ class SupervisedWorkflow:
         object.__setattr__(self, "thresholds", thresholds)
 
 
-class OwningRuntime(Protocol):
-    """What we need of a runtime: `BackgroundRuntime`, or `PeerContextRuntime` on its own loop."""
-
-    @property
-    def settings(self) -> PeerContextSettings:
-        """What it runs with."""
-        ...
-
-    @property
-    def watch(self) -> LoopWatch:
-        """What asks loops whether they turn."""
-        ...
-
-
 class Recoverer:
     """Recovers lost runs, on the loop of whoever asks; claims and leases are the process's.
 
@@ -129,18 +118,20 @@ class Recoverer:
         source: Another runtime than the process's own, for asking the peers.
         open_store: Another event store than the settings'.
         order: What the recovery graph is asked beside agent and thread; see `RecoveryInput`.
+        answers: What a human says of effects in doubt, by their keys.
         on_step: Is told of each step when it has ended.
         on_answer: Is told of each peer's answer when it arrives.
     """
 
     def __init__(
         self,
-        runtime: OwningRuntime,
+        runtime: BackgroundRuntime | PeerContextRuntime,
         ownership: Ownership,
         *,
         source: RuntimeSource | None = None,
         open_store: Callable[[], OwnEvents] | None = None,
         order: Mapping[str, Any] | None = None,
+        answers: Mapping[str, Any] | None = None,
         on_step: OnStep | None = None,
         on_answer: OnAnswer | None = None,
     ) -> None:
@@ -149,6 +140,7 @@ class Recoverer:
         self._source = source
         self._open_store = open_store
         self._order = dict(order or {})
+        self._answers = dict(answers or {})
         self._on_step = on_step
         self._on_answer = on_answer
 
@@ -187,7 +179,7 @@ class Recoverer:
             held.key, asyncio.get_running_loop(), self._runtime.settings.stuck_seconds
         )
         try:
-            settlement, result = await self._attempt(recovery, supervised, claim.record)
+            settlement, result = await self._attempt(recovery, supervised, held, claim.record)
         except BaseException:
             await self._settle(recovery, _handed_over("the recoverer leaves"))
             raise
@@ -236,14 +228,18 @@ class Recoverer:
         return as_it_stands(agent_id, thread_id, lost, incident, others)
 
     async def _attempt(
-        self, recovery: Recovery, supervised: SupervisedWorkflow, claim: StepRecord | None
+        self,
+        recovery: Recovery,
+        supervised: SupervisedWorkflow,
+        held: Held,
+        claim: StepRecord | None,
     ) -> tuple[Settlement, RecoveryResult]:
         """Run the recovery graph, and say what is to be written down."""
         incident = recovery.incident
         try:
             if self._on_step is not None and claim is not None:
                 tell(self._on_step, claim)
-            plan = await self._plan(recovery, supervised)
+            plan = await self._plan(recovery, supervised, held)
             steps = RecoverySteps(replace(plan, before=() if claim is None else (claim,)))
             state = await self._run(recovery, supervised, steps)
         except PeerContextError as error:
@@ -254,20 +250,45 @@ class Recoverer:
             return self._failed(recovery, error, None, is_outage=False)
         if state.get(INTERRUPT):
             question = plain(state[INTERRUPT][0].value)
-            settlement = Settlement(
-                status="waiting_for_human", end_kind="handed_over", question=question
-            )
-            reason = f"waiting_for_human: {incident.incident_id[:8]} asks whether to resume"
-            return settlement, result_without(incident, "waiting_for_human", reason)
+            return self._waiting(incident, question)
         result: RecoveryResult = state["result"]
         settlement = _settlement(result)
+        if result["status"] == "in_doubt":
+            return self._in_doubt(steps.error, result)
         if result["status"] == "failed":
             # A node may raise anything; only what stands under the run is an outage.
             is_outage = isinstance(steps.error, CheckpointerError | StaleOwnerError)
             settlement, result = self._failed(recovery, steps.error, result, is_outage=is_outage)
         return settlement, {**result, "final_state": steps.final_state}
 
-    async def _plan(self, recovery: Recovery, supervised: SupervisedWorkflow) -> RecoveryPlan:
+    def _waiting(
+        self, incident: Incident, question: Mapping[str, Any]
+    ) -> tuple[Settlement, RecoveryResult]:
+        """Wait for a human; of effects in doubt the peer that knows is asked again meanwhile."""
+        settlement = Settlement(
+            status="waiting_for_human",
+            end_kind="handed_over",
+            question=question,
+            counts=False,
+            retry_seconds=_patience(incident) if "effects" in question else None,
+        )
+        reason = f"waiting_for_human: {incident.incident_id[:8]} asks: {question.get('question')}"
+        return settlement, result_without(incident, "waiting_for_human", reason[:400])
+
+    @staticmethod
+    def _in_doubt(
+        error: Exception | None, result: RecoveryResult
+    ) -> tuple[Settlement, RecoveryResult]:
+        """Say what becomes of a run whose effects nobody could tell of."""
+        if isinstance(error, InDoubtError) and not error.is_final:
+            # It came up in the workflow itself: the next attempt asks before it runs.
+            again = replace(_handed_over(str(error)), result=kept(result), retry_seconds=0.0)
+            return again, result
+        return replace(_settlement(result), status="dead_letter", end_kind="handed_over"), result
+
+    async def _plan(
+        self, recovery: Recovery, supervised: SupervisedWorkflow, held: Held
+    ) -> RecoveryPlan:
         run = recovery.run
         fence = AgentFence(run.agent_id, self._ownership)
         workflow = stopping_as(fenced(supervised.workflow, fence), run)
@@ -283,7 +304,14 @@ class Recoverer:
                     for number, given in enumerate(run.inputs)
                 ),
                 fork_of=fork_of if "checkpoint_id" in fork_of else None,
+                doubted_since=run.doubted_since,
             ),
+            thread=OwnedThread(
+                ownership=self._ownership,
+                held=held,
+                calls=calls_of(self._runtime) if supervised.use_peer_context else None,
+            ),
+            answers=self._answers,
             incident_id=recovery.incident.incident_id,
             channel=supervised.peer_context_channel,
             context=await _context(workflow, run, supervised.context_factory),

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 from langchain_core.runnables import RunnableConfig
 from langgraph.types import Durability
 
+from langgraph_peerctx.asking import Calls, calls_of
 from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.durability.admission import fenced
 from langgraph_peerctx.durability.isolation import in_empty_context
@@ -26,9 +27,11 @@ from langgraph_peerctx.persistence.incidents import ControlDatabase
 from langgraph_peerctx.persistence.inspection import has_schema
 from langgraph_peerctx.protocol.messages import InDoubtKey
 from langgraph_peerctx.reconstruction.incident import OnStep
+from langgraph_peerctx.reconstruction.lost_stores import LostStores
 from langgraph_peerctx.reconstruction.recoverer import Recoverer, SupervisedWorkflow
 from langgraph_peerctx.reconstruction.recovery_graph import RecoveryPlan, RecoverySteps
 from langgraph_peerctx.reconstruction.result import RecoveryResult
+from langgraph_peerctx.reconstruction.settling import OwnedThread
 from langgraph_peerctx.reconstruction.sources import ContextRuntime
 from langgraph_peerctx.reconstruction.standing import as_it_stands
 from langgraph_peerctx.runtime import PeerContextRuntime
@@ -49,6 +52,7 @@ async def recover_and_resume_workflow_async(
     expect: Sequence[str] = (),
     min_responses: int | None = None,
     in_doubt: Sequence[InDoubtKey] = (),
+    answers: Mapping[str, Any] | None = None,
     durability: Durability | None = None,
     runtime: ContextRuntime | None = None,
     settings: PeerContextSettings | None = None,
@@ -77,7 +81,10 @@ async def recover_and_resume_workflow_async(
             to the last checkpoint, and the settings' window further.
         expect: Agents or processes that should answer; once they have, the wait ends.
         min_responses: Do not resume if fewer answered.
-        in_doubt: Effects of which nobody here knows whether they happened.
+        in_doubt: Effects of which nobody here knows whether they happened; those of an owned run
+            are known anyway.
+        answers: What a human says of effects that are `in_doubt`, by their keys: true, false, or
+            `{"happened": true, "reply": ...}`.
         durability: By default `sync`, or `async` where LangGraph cannot run the workflow so:
             in a subgraph compiled with `checkpointer=False`.
         runtime: A running runtime to use; by default one is opened and closed.
@@ -111,6 +118,8 @@ async def recover_and_resume_workflow_async(
         settings=settings,
         source=source,
         open_store=partial(getattr, runtime, "store") if runtime else None,
+        can_ask=False,
+        answers=dict(answers or {}),
         on_step=on_step,
         on_answer=on_answer,
     )
@@ -123,7 +132,7 @@ async def recover_and_resume_workflow_async(
     standing = await standing_of(settings, agent_id, thread_id)
     async with source:
         if standing == "unknown":
-            return await _recovered(plan, order)
+            return await _recovered(replace(plan, lost=_lost_stores(source, plan)), order)
         owning = await source.owning()
         ownership = await owning.own()
         if standing == "open":
@@ -133,11 +142,13 @@ async def recover_and_resume_workflow_async(
                 source=source,
                 open_store=plan.open_store,
                 order=order,
+                answers=answers,
                 on_step=on_step,
                 on_answer=on_answer,
             )
             return await recoverer.recover_thread(agent_id, thread_id, supervised_as(plan))
-        return await _recovered_under_a_lease(plan, order, ownership)
+        calls = calls_of(owning) if use_peer_context else None
+        return await _recovered_under_a_lease(plan, order, ownership, calls)
 
 
 async def _recovered(plan: RecoveryPlan, order: Mapping[str, Any]) -> RecoveryResult:
@@ -151,7 +162,7 @@ async def _recovered(plan: RecoveryPlan, order: Mapping[str, Any]) -> RecoveryRe
 
 
 async def _recovered_under_a_lease(
-    plan: RecoveryPlan, order: Mapping[str, Any], ownership: Ownership
+    plan: RecoveryPlan, order: Mapping[str, Any], ownership: Ownership, calls: Calls | None
 ) -> RecoveryResult:
     """Recover a thread whose last run has ended: nobody is to write meanwhile."""
     agent_id, thread_id = order["failed_agent_id"], order["thread_id"]
@@ -162,7 +173,8 @@ async def _recovered_under_a_lease(
         return as_it_stands(agent_id, thread_id, lost, incident)
     try:
         behind = fenced(plan.workflow, AgentFence(agent_id, ownership))
-        return await _recovered(replace(plan, workflow=behind), order)
+        thread = OwnedThread(ownership=ownership, held=held, calls=calls)
+        return await _recovered(replace(plan, workflow=behind, thread=thread), order)
     finally:
         await ownership.release(agent_id, thread_id)
 
@@ -216,11 +228,24 @@ def supervised_as(plan: RecoveryPlan) -> SupervisedWorkflow:
     )
 
 
+def _lost_stores(source: "_Borrowed | _Opened", plan: RecoveryPlan) -> LostStores | None:
+    """Return what begins a run anew of which no record is left; None where nothing can be owned."""
+    settings = plan.settings_now()
+    if not source.can_own:
+        return None
+    return LostStores(
+        owning=source.owning,
+        asks_peers=plan.use_peer_context,
+        is_configured=settings.control_database_url is not None,
+    )
+
+
 class _Borrowed:
     """A runtime of the caller's, on the caller's loop."""
 
     def __init__(self, runtime: ContextRuntime) -> None:
         self._runtime = runtime
+        self.can_own: bool = isinstance(runtime, PeerContextRuntime)
 
     async def acall(self, work: Work) -> Update:
         return await work(self._runtime)
@@ -239,6 +264,8 @@ class _Borrowed:
 
 class _Opened(AsyncExitStack):
     """A runtime that is opened when it is first needed, and closed at the end."""
+
+    can_own: bool = True
 
     def __init__(self, settings: PeerContextSettings) -> None:
         super().__init__()

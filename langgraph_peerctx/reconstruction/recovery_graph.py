@@ -45,6 +45,8 @@ from langgraph_peerctx.nodes.peer_context_subgraph import (
 )
 from langgraph_peerctx.nodes.reading import seconds_in, text_in
 from langgraph_peerctx.owned import unowned
+from langgraph_peerctx.persistence.effect_ledger import Effect
+from langgraph_peerctx.protocol.looking import plain
 from langgraph_peerctx.protocol.messages import InDoubtKey
 from langgraph_peerctx.reconstruction.approval import Thresholds, is_approved, what_to_approve
 from langgraph_peerctx.reconstruction.checkpoint import CheckpointView, load_checkpoint
@@ -56,11 +58,12 @@ from langgraph_peerctx.reconstruction.incident import (
     tell,
     timed,
 )
-from langgraph_peerctx.reconstruction.plain import plain
+from langgraph_peerctx.reconstruction.lost_stores import LostStores, remembered
 from langgraph_peerctx.reconstruction.resume import (
     Admitted,
     Decision,
     Delivery,
+    Outcome,
     RecoveryStatus,
     conclude,
     decide,
@@ -69,6 +72,17 @@ from langgraph_peerctx.reconstruction.resume import (
     deliver_at_start,
     project,
     resume_workflow,
+)
+from langgraph_peerctx.reconstruction.settling import (
+    OwnedThread,
+    answers_in,
+    doubtful,
+    effect_json,
+    keys_of,
+    question_of,
+    what_to_settle,
+    why_unknown,
+    words_on,
 )
 from langgraph_peerctx.reconstruction.sources import (
     EvidenceQuery,
@@ -122,6 +136,8 @@ class RecoveryState(RecoveryInput, QuestionState, RecoveryOutput, total=False):
 
     incident_id: str
     started_at: str
+    epoch: int
+    doubts: list[str]
     run_id: str | None
     action: str
     checkpoint: dict[str, Any] | None
@@ -141,6 +157,10 @@ class RecoveryPlan:
             `initial_state`.
         incident_id: The incident, where there is a row of it; by default a fresh one.
         before: Steps that were taken before the graph, the claim for instance.
+        thread: The thread, where it is ours: its effects are settled, and done, under our lease.
+        lost: Begins a run anew of which no record is left; None if the caller owns nothing.
+        answers: What a human says of effects in doubt, by their keys.
+        can_ask: Whether a human can be asked: an interrupt needs a checkpointer.
         source: Another runtime than the process's own.
         open_store: Another event store than the settings'.
         initial_state: What to begin with, where the state does not say.
@@ -150,6 +170,10 @@ class RecoveryPlan:
     admitted: Admitted | None = None
     incident_id: str | None = None
     before: tuple[StepRecord, ...] = ()
+    thread: OwnedThread | None = None
+    lost: LostStores | None = None
+    answers: Mapping[str, Any] = field(default_factory=dict)
+    can_ask: bool = True
     channel: str = "peer_context"
     context: Any = None
     config: RunnableConfig | None = None
@@ -189,11 +213,11 @@ def create_recovery_graph(
 ) -> StateGraph[Any, Any, Any, Any]:
     """Return the recovery of a workflow's threads as a graph, not compiled; for `ainvoke` only.
 
-    `load_checkpoint`, `position`, `request_context`, `collect_context`, `reconstruct`, `approve`,
-    `resume_workflow`. Compile it with a checkpointer, and run it under a thread of its own with
-    `durability="sync"`: then a recoverer that is killed anywhere is resumed with `ainvoke(None)`,
-    in any process. The input names the dead agent and its thread; see `RecoveryInput`. The output
-    is a `RecoveryResult`, plain JSON, under `result`.
+    `load_checkpoint`, `position`, `request_context`, `collect_context`, `reconstruct`, `settle`,
+    `approve`, `resume_workflow`. Compile it with a checkpointer, and run it under a thread of its
+    own with `durability="sync"`: then a recoverer that is killed anywhere is resumed with
+    `ainvoke(None)`, in any process. The input names the dead agent and its thread; see
+    `RecoveryInput`. The output is a `RecoveryResult`, plain JSON, under `result`.
 
     The caller sees to it that the agent is dead, and that one recoverer is at work.
 
@@ -250,7 +274,7 @@ class RecoverySteps:
         self.final_state: Any = None
         self.error: Exception | None = None
         settings, source = plan.settings, plan.source
-        self._position = Position(settings, source)
+        self._position = Position(settings, source, plan.thread.epoch if plan.thread else 0)
         self._request = RequestContext(plan.limits, settings, source)
         on_answer = plan.on_answer and partial(tell, plan.on_answer)
         self._collect = CollectContext(plan.limits, _gathered, settings, source, on_answer)
@@ -268,6 +292,7 @@ class RecoverySteps:
         ):
             builder.add_node(name, node, retry_policy=_BROKER_RETRY)
         builder.add_node("reconstruct", self.reconstruct)
+        builder.add_node("settle", self.settle)
         builder.add_node("approve", self.approve)
         builder.add_node("resume_workflow", self.resume_workflow)
         builder.add_edge(START, "load_checkpoint")
@@ -282,8 +307,11 @@ class RecoverySteps:
                 name, partial(_unless_gathered, following), [following, "reconstruct"]
             )
         builder.add_edge("collect_context", "reconstruct")
-        builder.add_edge("reconstruct", "approve")
-        builder.add_conditional_edges("approve", _unless_ended, ["resume_workflow", END])
+        builder.add_edge("reconstruct", "settle")
+        builder.add_conditional_edges("settle", partial(_unless_ended, "approve"), ["approve", END])
+        builder.add_conditional_edges(
+            "approve", partial(_unless_ended, "resume_workflow"), ["resume_workflow", END]
+        )
         builder.add_edge("resume_workflow", END)
         return builder
 
@@ -313,8 +341,14 @@ class RecoverySteps:
             thread_id=thread_id,
             time_window_seconds=seconds_in(state, "time_window_seconds"),
         ).reaching(view.created_at, settings.time_window_seconds)
+        run_id = self.plan.admitted.run_id if self.plan.admitted else view.run_id
+        effects = await self._effects(run_id)
         begun |= {
-            "run_id": self.plan.admitted.run_id if self.plan.admitted else view.run_id,
+            "run_id": run_id,
+            "in_doubt": [
+                *(state.get("in_doubt") or ()),
+                *(key.model_dump(mode="json") for key in keys_of(effects)),
+            ],
             "action": decision.action,
             "checkpoint": view.as_json() if view.exists else None,
             "time_window_seconds": query.time_window_seconds,
@@ -345,10 +379,70 @@ class RecoverySteps:
             own = await collect_own_events(self._own_events(), query)
             gathered = state.get("gathered")
             peers = None if gathered is None else PeerContext.from_json(gathered)
-            evidence = dict(reconstruct(query, view, own, peers))
+            effects = await self._effects(state.get("run_id"))
+            if self.plan.thread is not None:
+                for effect, word in words_on(effects, peers):
+                    await self.plan.thread.settle(effect, word, "peer")
+                effects = await self._effects(state.get("run_id"))
+            evidence = dict(reconstruct(query, view, own, peers, effects))
             del evidence["state"]  # it is in the thread's own checkpoint
             step.detail.update(own_events=len(own.events), degraded=bool(evidence["degraded"]))
-        return {"evidence": evidence, "steps": [*state["steps"], step.record]}
+        return {
+            "evidence": evidence,
+            "doubts": [effect.key for effect in doubtful(effects)],
+            "epoch": self.plan.thread.epoch if self.plan.thread else 0,
+            "steps": [*state["steps"], step.record],
+        }
+
+    async def settle(self, state: RecoveryState) -> Update:
+        """Ask a human of which effects nobody could tell whether they happened.
+
+        Taken up again, it asks the peers first: the one that knows may be back.
+        """
+        thread, run_id = self.plan.thread, state.get("run_id")
+        if thread is None or run_id is None or not state["doubts"]:
+            return {}
+        may_be_bare = len(state["doubts"]) == 1
+        await self._answered(self.plan.answers, run_id, may_be_bare=may_be_bare)
+        if thread.epoch != state["epoch"]:
+            await thread.ask_again(doubtful(await self._effects(run_id)), run_id)
+        unclear: object = None
+        while open_ones := doubtful(await self._effects(run_id)):
+            if not self.plan.can_ask or any(e.if_unknown == "fail" for e in open_ones):
+                return {"result": await self._in_doubt(state, open_ones)}
+            answer = interrupt(
+                what_to_settle(
+                    open_ones,
+                    asked=self.plan.use_peer_context,
+                    consumed=state["evidence"]["consumed"],
+                    unclear=unclear,
+                )
+            )
+            unclear = answer
+            await self._answered(answer, run_id, may_be_bare=may_be_bare)
+        effects = [effect_json(effect) for effect in await self._effects(run_id)]
+        return {"evidence": {**state["evidence"], "effects": effects}}
+
+    async def _answered(self, answer: object, run_id: str, *, may_be_bare: bool) -> None:
+        """Write down what a human says of effects in doubt."""
+        thread = self.plan.thread
+        if thread is None or (not answer and answer is not False):
+            return
+        open_ones = doubtful(await self._effects(run_id))
+        for effect, settled in answers_in(answer, open_ones, may_be_bare=may_be_bare):
+            await thread.settle(effect, settled, "human")
+
+    async def _in_doubt(self, state: RecoveryState, open_ones: Sequence[Effect]) -> dict[str, Any]:
+        asked = self.plan.use_peer_context
+        reasons = [
+            f"in_doubt: {question_of(effect)} {why_unknown(effect, asked=asked)}"
+            for effect in open_ones
+        ]
+        stopped = Decision(action="stop", status="in_doubt", reasons=tuple(reasons))
+        return self._stopped(state, await self._head(state), stopped)
+
+    async def _effects(self, run_id: str | None) -> list[Effect]:
+        return [] if self.plan.thread is None else await self.plan.thread.known(run_id)
 
     async def approve(self, state: RecoveryState) -> Update:
         """Ask a human, where coverage or confidence is below what the caller wants."""
@@ -380,19 +474,16 @@ class RecoverySteps:
         durability = plan.durability or safest_durability(plan.workflow)
         with self._step("resume_workflow", state) as step:
             step.detail.update(durability=durability, channel=delivery.channel)
-            outcome = await resume_workflow(
-                plan.workflow,
-                self._place_of_run(state, before, decision),
-                delivery,
-                context=plan.context,
-                durability=durability,
-            )
+            outcome = await self._resumed(state, before, decision, delivery, durability)
             self.error = outcome.error
             error = None if outcome.error is None else type(outcome.error).__name__
             step.detail.update(error=error)
         with self._step("verify", state) as verified:
             after = await self._head_if_it_can_be_read(state)
             verified.detail.update(after.as_json() if after else {})
+        effects = await self._effects(state.get("run_id"))
+        if effects:
+            evidence = {**evidence, "effects": [effect_json(effect) for effect in effects]}
         ending = conclude(plan.workflow, decision, delivery, outcome, before=before, after=after)
         undelivered = delivery.shortfalls if plan.use_peer_context else ()
         shortfalls = [*evidence["reasons"], *undelivered, *ending.shortfalls]
@@ -402,7 +493,7 @@ class RecoverySteps:
         return {
             "steps": steps,
             "result": {
-                "recovered": ending.status != "failed",
+                "recovered": ending.status not in ("failed", "in_doubt"),
                 "status": ending.status,
                 "peer_context_used": delivery.channel is not None,
                 "degraded": bool(shortfalls),
@@ -411,6 +502,38 @@ class RecoverySteps:
                 "incident": incident_record({**state, "steps": steps}, ending.status, evidence),
             },
         }
+
+    async def _resumed(
+        self,
+        state: RecoveryState,
+        before: CheckpointView,
+        decision: Decision,
+        delivery: Delivery,
+        durability: Durability | None,
+    ) -> Outcome:
+        """Run the workflow with its effects: those of a run that is ours, or is begun anew."""
+        plan, place = self.plan, self._place_of_run(state, before, decision)
+        known = remembered(state["failed_agent_id"], state["evidence"]["peer_context"])
+        options: Any = {"context": plan.context, "durability": durability}
+        lost = plan.lost if decision.action == "restart" and plan.admitted is None else None
+        if lost is None or not lost.concerns(known):
+            run_id = state.get("run_id")
+            if plan.thread is not None and run_id is not None:
+                since = plan.admitted.doubted_since if plan.admitted else None
+                place = plan.thread.effects_of(run_id, doubted_since=since).go_along(place)
+            return await resume_workflow(plan.workflow, place, delivery, **options)
+        beginning = lost.begun(
+            plan.workflow,
+            place,
+            known,
+            agent_id=state["failed_agent_id"],
+            initial_state=delivery.input,
+            **options,
+        )
+        async with beginning as begun:
+            outcome = await resume_workflow(begun.workflow, begun.place, delivery, **options)
+            begun.error = outcome.error
+            return outcome
 
     # What the nodes share
 
@@ -550,8 +673,8 @@ class RecoverySteps:
             )
 
 
-def _unless_ended(state: RecoveryState) -> str:
-    return END if state.get("result") is not None else "resume_workflow"
+def _unless_ended(following: str, state: RecoveryState) -> str:
+    return END if state.get("result") is not None else following
 
 
 def _unless_gathered(following: str, state: RecoveryState) -> str:

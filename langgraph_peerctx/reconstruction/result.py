@@ -14,7 +14,8 @@ class RecoveryResult(TypedDict):
         status: `resumed` and `restarted` (from `initial_state`) ended; `already_finished`,
             `nothing_to_recover` and `needs_context` were not run; `waiting_for_human` is it now,
             whether it was run (`recovered`) or not; `not_approved` was not run because a human
-            said no; `failed` raised again. Nothing was run where it is `unreachable` (its process
+            said no; `in_doubt` waits until somebody tells whether an effect has happened;
+            `failed` raised again. Nothing was run where it is `unreachable` (its process
             holds its lease), `recovering_elsewhere`, `recovered_elsewhere` or a `dead_letter`.
         peer_context_used: Whether what peers know has reached the workflow's state.
         degraded: Whether the recovery had to do without something that it should have had.

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any, Final, Literal
 
 from langchain_core.runnables import RunnableConfig
@@ -11,6 +12,7 @@ from langgraph.types import Command, Durability
 
 from langgraph_peerctx.durability.isolation import in_empty_context
 from langgraph_peerctx.durability.workflow import Workflow, input_keys
+from langgraph_peerctx.errors import InDoubtError
 from langgraph_peerctx.reconstruction.channel import peer_channel
 from langgraph_peerctx.reconstruction.checkpoint import CheckpointView
 
@@ -25,6 +27,7 @@ RecoveryStatus = Literal[
     "needs_context",
     "nothing_to_recover",
     "not_approved",
+    "in_doubt",
     "failed",
     "unreachable",
     "recovering_elsewhere",
@@ -68,11 +71,13 @@ class Admitted:
     Attributes:
         inputs: Its input, then each answer; at least one.
         fork_of: What names the checkpoint from which it forked, if it did.
+        doubted_since: The record of an earlier begin is lost; see `NewRun`.
     """
 
     run_id: str
     inputs: tuple[Given, ...]
     fork_of: Mapping[str, Any] | None = None
+    doubted_since: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -342,6 +347,13 @@ def conclude(
     """
     unread = () if after else ("unverified: the checkpointer could not be read after the run",)
     shortfalls = (*unread, *_lost_update(before, delivery, after))
+    if isinstance(outcome.error, InDoubtError):
+        return Ending(
+            status="in_doubt",
+            final_state=project(workflow, after or before),
+            reasons=(f"in_doubt: {outcome.error}",),
+            shortfalls=shortfalls,
+        )
     if outcome.error is not None:
         return Ending(
             status="failed",

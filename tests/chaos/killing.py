@@ -14,6 +14,7 @@ NODES = (
     "request_context",
     "collect_context",
     "reconstruct",
+    "settle",
     "approve",
     "resume_workflow",
 )

@@ -19,7 +19,7 @@ from langgraph_peerctx.reconstruction.recovery_graph import RecoverySteps, creat
 AGENT: Any = {"configurable": {"thread_id": "thread-1"}}
 RECOVERY: Any = {"configurable": {"thread_id": "recovery-1"}}
 ORDER = {"failed_agent_id": "product-agent", "thread_id": "thread-1"}
-NODES = ("load_checkpoint", "reconstruct", "approve", "resume_workflow")
+NODES = ("load_checkpoint", "reconstruct", "settle", "approve", "resume_workflow")
 INSIDE = "inside the workflow"
 AFTER = "after the workflow, before the checkpoint"
 

@@ -687,6 +687,7 @@ async def test_the_peers_are_asked_as_the_caller_wishes(quick: Bench) -> None:
             "min_responses": None,
             "in_doubt": (),
             "run_id": "run-1",
+            "epoch": 0,
         }
     ]
 

@@ -25,15 +25,12 @@ def upgrade() -> None:
         sa.Column("has_check", sa.Integer(), nullable=False, server_default=sa.text("0")),
     )
     op.add_column("peerctx_effects", sa.Column("unknown_at", sa.BigInteger(), nullable=True))
-    op.add_column(
-        "peerctx_runs",
-        sa.Column("lost_ledger", sa.Integer(), nullable=False, server_default=sa.text("0")),
-    )
+    op.add_column("peerctx_runs", sa.Column("doubted_since", sa.BigInteger(), nullable=True))
 
 
 def downgrade() -> None:
     """Take it back."""
-    op.drop_column("peerctx_runs", "lost_ledger")
+    op.drop_column("peerctx_runs", "doubted_since")
     for name in ("unknown_at", "has_check", "source", "if_unknown"):
         op.drop_column("peerctx_effects", name)
     op.drop_table("peerctx_receivers")

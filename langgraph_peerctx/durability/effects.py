@@ -1,0 +1,437 @@
+"""Side effects that are done once, though the node around them may run again.
+
+An effect is written down before it is done and again when its outcome is there, so that a node
+that runs again gets the outcome and calls nothing. What was meant and has no outcome is in doubt:
+only the peer that it reaches can tell, or a look of the caller's own. Nothing is guessed.
+"""
+
+import inspect
+from collections.abc import Awaitable, Callable, Generator, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from functools import partial, wraps
+from typing import Any, Final, Generic, ParamSpec, Protocol, Self, TypeAlias, TypeVar, overload
+
+from langgraph.config import get_config
+from pydantic import JsonValue
+
+from langgraph_peerctx.durability.run_effects import About, IfUnknown, Peers, RunEffects, effects_in
+from langgraph_peerctx.errors import (
+    CheckpointerError,
+    ConfigurationError,
+    InDoubtError,
+    ProtocolError,
+    StoreError,
+)
+from langgraph_peerctx.identifiers import check_id
+from langgraph_peerctx.persistence.database import Database
+from langgraph_peerctx.persistence.effect_ledger import Effect, EffectScope, NewEffect
+from langgraph_peerctx.protocol.json_values import plain
+from langgraph_peerctx.protocol.messages import InDoubtAnswer, InDoubtKey, Verdict
+from langgraph_peerctx.protocol.tickets import EffectTicket
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settled:
+    """What a look of the caller's own has found out of an effect in doubt.
+
+    Attributes:
+        verdict: `seen`: it happened. `not_seen`: it did not, and will not any more. `cannot_tell`.
+        reply: What came of it, plain JSON, if it happened.
+    """
+
+    verdict: Verdict
+    reply: JsonValue = None
+
+    @classmethod
+    def happened(cls, reply: JsonValue = None) -> Self:
+        """Return that it happened, and what came of it."""
+        return cls(verdict="seen", reply=reply)
+
+    @classmethod
+    def did_not_happen(cls) -> Self:
+        """Return that it did not happen and will not any more: it is done again."""
+        return cls(verdict="not_seen")
+
+    @classmethod
+    def unknown(cls) -> Self:
+        """Return that nobody can tell."""
+        return cls(verdict="cannot_tell")
+
+
+Check: TypeAlias = Callable[[EffectTicket], Settled | Awaitable[Settled]]
+
+_current: ContextVar[EffectTicket | None] = ContextVar("peerctx_effect", default=None)
+
+
+def current_effect() -> EffectTicket:
+    """Return the ticket of the effect that is being done: it travels to the peer with the call.
+
+    As a header, `current_effect().as_headers()`, or as a field, `.as_field()`.
+
+    Raises:
+        ConfigurationError: If no effect is being done here.
+    """
+    ticket = _current.get()
+    if ticket is None:
+        raise ConfigurationError("no effect is being done here: call it through effect(...)")
+    return ticket
+
+
+class Effectful(Protocol):
+    """Makes a function's calls effects."""
+
+    def __call__(self, function: Callable[P, T]) -> Callable[P, T]:
+        """Return the function such that each call of it is an effect."""
+        ...
+
+
+@overload
+def effect(
+    key: str,
+    call: Callable[..., T],
+    /,
+    *arguments: Any,
+    peer: str | None = None,
+    check: Check | None = None,
+    not_done_on: tuple[type[BaseException], ...] = (),
+    scope: EffectScope = "run",
+    if_unknown: IfUnknown = "ask",
+) -> T: ...
+
+
+@overload
+def effect(
+    key: str | Callable[..., str],
+    /,
+    *,
+    peer: str | None = None,
+    check: Check | None = None,
+    not_done_on: tuple[type[BaseException], ...] = (),
+    scope: EffectScope = "run",
+    if_unknown: IfUnknown = "ask",
+) -> Effectful: ...
+
+
+def effect(
+    key: str | Callable[..., str],
+    call: Callable[..., Any] | None = None,
+    /,
+    *arguments: Any,
+    peer: str | None = None,
+    check: Check | None = None,
+    not_done_on: tuple[type[BaseException], ...] = (),
+    scope: EffectScope = "run",
+    if_unknown: IfUnknown = "ask",
+) -> Any:
+    """Do something that must not happen twice; in a node, tool or task of an owned run.
+
+    As a call, `await effect("order", send, order, peer="inventory-agent")`, or as a decorator,
+    `@effect("order", peer="inventory-agent")`. Of a sync function it blocks; of an async one it is
+    awaited. When the node runs again, after a crash or as a retry, a recorded outcome is returned
+    and nothing is called.
+
+    If an earlier attempt left no outcome, the peer is asked over Kafka, then `check`: what happened
+    is not done again, what did not happen is; and if nobody can tell, `if_unknown` decides.
+
+    Args:
+        key: Names the effect among those of its node; 1 to 200 printable characters. Loops, Sends
+            and nested graphs need no key of their own: the place in the run counts as well. For a
+            decorator it may be a function of the call's arguments.
+        call: What is to be done; its outcome is plain JSON.
+        *arguments: What it is called with.
+        peer: The agent that it reaches. It should take it with `Receiver`, under the ticket that
+            `current_effect()` returns inside of the call: then it can always tell.
+        check: Looks whether an effect in doubt has happened; it is given the ticket, and returns a
+            `Settled`. It may be async if `call` is.
+        not_done_on: Exceptions that mean that it was not done, a refused connection for instance.
+            Any other leaves it in doubt.
+        scope: `run`: once at this place of this run. `thread`: once in the thread, whatever the
+            run and the place; for business keys.
+        if_unknown: `ask` a human, by way of an `InDoubtError` and the recovery; `retry`: do it
+            again; `fail` with the `InDoubtError`.
+
+    Returns:
+        The outcome, as plain JSON: a tuple becomes a list.
+
+    Raises:
+        ConfigurationError: If the run is not owned, the key is used twice at one place, or the
+            outcome is no plain JSON; then it stays in doubt.
+        InDoubtError: If nobody can tell whether an earlier attempt happened.
+        StaleOwnerError: If another process has taken the thread over: nothing was called.
+        CheckpointerError: If the control database failed.
+    """
+    terms = _Terms(
+        key=key,
+        peer_id=None if peer is None else check_id(peer, "peer"),
+        check=check,
+        not_done_on=not_done_on,
+        scope=scope,
+        if_unknown=if_unknown,
+    )
+    if call is None:
+        return partial(_decorated, terms)
+    return terms.done(call, arguments, {})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Terms:
+    """How an effect was asked for."""
+
+    key: str | Callable[..., str]
+    peer_id: str | None
+    check: Check | None
+    not_done_on: tuple[type[BaseException], ...]
+    scope: EffectScope
+    if_unknown: IfUnknown
+
+    def __post_init__(self) -> None:
+        if self.scope not in ("run", "thread"):
+            raise ConfigurationError(f"scope={self.scope!r:.40}: expected 'run' or 'thread'")
+        if self.if_unknown not in ("ask", "retry", "fail"):
+            raise ConfigurationError(
+                f"if_unknown={self.if_unknown!r:.40}: expected 'ask', 'retry' or 'fail'"
+            )
+
+    def done(self, call: Callable[..., Any], arguments: Any, named: Any) -> Any:
+        """Do it: blocking, or as something to be awaited."""
+        doing = self._doing(call, arguments, named)
+        return _later(doing) if _is_async(call) else _now(doing)
+
+    def _doing(self, call: Callable[..., Any], arguments: Any, named: Any) -> "_Doing":
+        run, namespace = _here()
+        name = self.key(*arguments, **named) if callable(self.key) else self.key
+        new = run.new(
+            namespace,
+            name,
+            peer_id=self.peer_id,
+            scope=self.scope,
+            if_unknown=self.if_unknown,
+            has_check=self.check is not None,
+        )
+        return _effect(run, new, self, partial(call, *arguments, **named))
+
+
+def _decorated(terms: _Terms, function: Callable[..., Any]) -> Callable[..., Any]:
+    if _is_async(function):
+
+        @wraps(function)
+        async def adone(*arguments: Any, **named: Any) -> Any:
+            return await terms.done(function, arguments, named)
+
+        return adone
+
+    @wraps(function)
+    def done(*arguments: Any, **named: Any) -> Any:
+        return terms.done(function, arguments, named)
+
+    return done
+
+
+def _is_async(call: Callable[..., Any]) -> bool:
+    bare = call
+    while isinstance(bare, partial):
+        bare = bare.func
+    return inspect.iscoroutinefunction(bare) or inspect.iscoroutinefunction(
+        getattr(bare, "__call__", None)  # noqa: B004 - its own, if it is an object
+    )
+
+
+def _here() -> tuple[RunEffects, str]:
+    """Return the effects of the run that we stand in, and the namespace of the node."""
+    try:
+        config = get_config()
+    except RuntimeError:
+        raise ConfigurationError(_NOT_IN_A_NODE) from None
+    run = effects_in(config)
+    namespace = config["configurable"].get("checkpoint_ns")
+    if run is None or not namespace:
+        raise ConfigurationError(_NOT_OWNED)
+    return run, namespace
+
+
+_NOT_IN_A_NODE: Final = "effect(...) stands in no node, tool or task of a graph that runs"
+_NOT_OWNED: Final = (
+    "effect(...) needs an owned run, since its outcome is kept with it: run the workflow with "
+    "`owned` or `own_runs`; a thread of which no record is left is recovered with its effects if "
+    "PEER_CONTEXT_CONTROL_DATABASE_URL is set"
+)
+
+# What an effect is made of, the same in sync and in async code.
+
+
+@dataclass(frozen=True, slots=True)
+class _Write(Generic[T]):
+    """Something to be done with the ledger: in one of its threads, for a loop."""
+
+    ledger: Database
+    work: Callable[[], T]
+
+    def now(self) -> T:
+        with _as_a_checkpoint():
+            return self.work()
+
+    async def later(self) -> T:
+        with _as_a_checkpoint():
+            return await self.ledger.in_thread(self.work)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ask:
+    """A question to the peer."""
+
+    peers: Peers
+    about: About
+    key: InDoubtKey
+
+    def now(self) -> InDoubtAnswer | None:
+        return self.peers.ask(self.about, self.key)
+
+    async def later(self) -> InDoubtAnswer | None:
+        return await self.peers.aask(self.about, self.key)
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """The caller's own function, with the ticket at hand."""
+
+    call: Callable[[], Any]
+    ticket: EffectTicket
+
+    def now(self) -> Any:
+        with _as_current(self.ticket):
+            result = self.call()
+        if inspect.isawaitable(result):
+            if inspect.iscoroutine(result):
+                result.close()
+            raise ConfigurationError(
+                "the effect's function returns something to be awaited: pass an async function"
+            )
+        return result
+
+    async def later(self) -> Any:
+        with _as_current(self.ticket):
+            result = self.call()
+            return await result if inspect.isawaitable(result) else result
+
+
+_Doing: TypeAlias = Generator[_Write[Any] | _Ask | _Call, Any, JsonValue]
+
+
+def _now(doing: _Doing) -> JsonValue:
+    """Take an effect's steps, and block."""
+    step = next(doing)
+    try:
+        while True:
+            try:
+                result = step.now()
+            except BaseException as error:  # noqa: BLE001 - the effect decides what it means
+                step = doing.throw(error)
+            else:
+                step = doing.send(result)
+    except StopIteration as end:
+        outcome: JsonValue = end.value
+        return outcome
+
+
+async def _later(doing: _Doing) -> JsonValue:
+    """Take an effect's steps on a loop."""
+    step = next(doing)
+    while True:
+        try:
+            try:
+                result = await step.later()
+            except BaseException as error:  # noqa: BLE001 - the effect decides what it means
+                step = doing.throw(error)
+            else:
+                step = doing.send(result)
+        except StopIteration as end:
+            outcome: JsonValue = end.value
+            return outcome
+
+
+def _effect(run: RunEffects, new: NewEffect, terms: _Terms, call: Callable[[], Any]) -> _Doing:
+    """Do an effect, unless it was done."""
+    standing = yield _Write(run.ledger, partial(run.intend, new))
+    while not standing.has_begun:
+        known: Effect = standing.effect
+        if known.status == "intent":
+            known = yield from _settled(run, known, terms)
+        if known.status == "done":
+            return known.outcome
+        if known.status == "intent" and terms.if_unknown != "retry":
+            raise InDoubtError(question_about(known), terms.if_unknown == "fail")
+        standing = yield _Write(run.ledger, partial(run.intend, new, known.attempt))
+    begun: Effect = standing.effect
+    try:
+        result = yield _Call(call, run.ticket(begun))
+    except terms.not_done_on:
+        yield _Write(run.ledger, partial(run.refute, begun))
+        raise
+    outcome = _plain(begun, result)
+    yield _Write(run.ledger, partial(run.conclude, begun, outcome))
+    return outcome
+
+
+def _settled(
+    run: RunEffects, known: Effect, terms: _Terms
+) -> Generator[_Write[Any] | _Ask | _Call, Any, Effect]:
+    """Find out about an effect in doubt: from its peer, then by the caller's own look."""
+    key, told = known.in_doubt_key, None
+    if key is not None and run.peers is not None:
+        told = yield _Ask(run.peers, run.about, key)
+        if told is not None and told.verdict != "cannot_tell":
+            settle = partial(run.settle, known, told.verdict, "peer", told.reply)
+            settled: Effect = yield _Write(run.ledger, settle)
+            return settled
+    if terms.check is None and told is None:
+        return known
+    found = Settled.unknown()
+    if terms.check is not None:
+        found = yield _Call(partial(terms.check, run.ticket(known)), run.ticket(known))
+        if not isinstance(found, Settled):
+            raise ConfigurationError(
+                f"check= returned a {type(found).__name__}: expected a Settled"
+            )
+        found = replace(found, reply=_plain(known, found.reply))
+    settle = partial(run.settle, known, found.verdict, "check", found.reply)
+    settled = yield _Write(run.ledger, settle)
+    return settled
+
+
+def question_about(effect: Effect) -> str:
+    """Put plainly what nobody could tell of an effect."""
+    if effect.peer_id is None:
+        return f"Did {effect.name!r} happen? It names no peer that could tell."
+    return f"Did {effect.name!r} reach {effect.peer_id}? Nobody there could tell."
+
+
+@contextmanager
+def _as_a_checkpoint() -> Iterator[None]:
+    """Let a ledger that fails hand the run over, as a checkpointer does that fails."""
+    try:
+        yield
+    except StoreError as error:
+        raise CheckpointerError(f"the effect ledger failed: {error}") from error
+
+
+@contextmanager
+def _as_current(ticket: EffectTicket) -> Iterator[None]:
+    token = _current.set(ticket)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def _plain(effect: Effect, outcome: object) -> JsonValue:
+    try:
+        return plain(outcome, name="outcome")
+    except ProtocolError as error:
+        raise ConfigurationError(
+            f"the effect {effect.name!r:.80} was done, and its outcome cannot be kept: {error}"
+        ) from error

@@ -1,0 +1,203 @@
+"""The side effects of one run: where each stands, what is known of it, and who can tell."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final, Protocol, TypedDict, Unpack
+from uuid import UUID
+
+from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.runnables import RunnableConfig
+from langchain_core.runnables.config import merge_configs
+from pydantic import JsonValue
+
+from langgraph_peerctx.durability.positions import Positions
+from langgraph_peerctx.errors import ConfigurationError
+from langgraph_peerctx.persistence.effect_ledger import (
+    Effect,
+    EffectLedger,
+    EffectScope,
+    EffectSource,
+    IfUnknown,
+    NewEffect,
+    Standing,
+)
+from langgraph_peerctx.protocol.messages import InDoubtAnswer, InDoubtKey, Verdict
+from langgraph_peerctx.protocol.tickets import NAME_LIMIT, EffectTicket
+
+EFFECTS: Final = "__peerctx_effects"
+"""Under which a run's effects stand in its config; never kept in a checkpoint."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class About:
+    """Whose effect is asked about, and by whom.
+
+    Attributes:
+        epoch: The asker's.
+    """
+
+    agent_id: str
+    thread_id: str
+    run_id: str
+    epoch: int
+
+
+class Peers(Protocol):
+    """Who asks the peer that an effect names."""
+
+    def ask(self, about: About, key: InDoubtKey) -> InDoubtAnswer | None:
+        """Return what it says; None if it says nothing. Blocks; not for a loop."""
+        ...
+
+    async def aask(self, about: About, key: InDoubtKey) -> InDoubtAnswer | None:
+        """See `ask`."""
+        ...
+
+
+class EffectTerms(TypedDict):
+    """How an effect was asked for; see `effect`."""
+
+    peer_id: str | None
+    scope: EffectScope
+    if_unknown: IfUnknown
+    has_check: bool
+
+
+class RunEffects(BaseCallbackHandler):
+    """What `effect` needs of the run that it stands in; it goes along in the run's config.
+
+    As a callback it is told which node is executed at which superstep, which a nested graph cannot
+    know of the graphs around it.
+
+    Args:
+        ledger: The control database.
+        about: Whose run it is, and under which epoch it is ours.
+        incarnation: This life of our process.
+        peers: Who asks the peers; None if they are not to be asked.
+        doubted_since: The run's ledger was lost: what is not in it may have been done, at this
+            moment at the earliest.
+    """
+
+    run_inline = True
+
+    def __init__(
+        self,
+        ledger: EffectLedger,
+        about: About,
+        *,
+        incarnation: str,
+        peers: Peers | None = None,
+        doubted_since: datetime | None = None,
+    ) -> None:
+        self.ledger: EffectLedger = ledger
+        self.about: About = about
+        self.peers: Peers | None = peers
+        self._incarnation = incarnation
+        self._doubted_since = doubted_since
+        self._positions = Positions()
+
+    def go_along(self, config: RunnableConfig) -> RunnableConfig:
+        """Return a config with which a run has these effects."""
+        ours: RunnableConfig = {"callbacks": [self], "configurable": {EFFECTS: self}}
+        return merge_configs(config, ours)
+
+    def on_chain_start(
+        self,
+        serialized: dict[str, Any],
+        inputs: Mapping[str, Any] | Any,
+        *,
+        run_id: UUID,
+        metadata: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """See `BaseCallbackHandler`."""
+        del serialized, inputs, kwargs
+        self._positions.began(run_id, metadata)
+
+    def on_chain_end(
+        self, outputs: Mapping[str, Any] | Any, *, run_id: UUID, **kwargs: Any
+    ) -> None:
+        """See `BaseCallbackHandler`."""
+        del outputs, kwargs
+        self._positions.ended(run_id)
+
+    def on_chain_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
+        """See `BaseCallbackHandler`."""
+        del error, kwargs
+        self._positions.ended(run_id)
+
+    def new(self, namespace: str, name: str, **terms: Unpack[EffectTerms]) -> NewEffect:
+        """Return the effect of this name at a place in the run.
+
+        Raises:
+            ConfigurationError: If the name cannot be one, or was used there before.
+        """
+        if not isinstance(name, str) or not 1 <= len(name) <= NAME_LIMIT or not name.isprintable():
+            raise ConfigurationError(
+                f"the effect's key {name!r:.80} is no printable text of 1 to {NAME_LIMIT} "
+                "characters"
+            )
+        position = self._positions.position(namespace)
+        used = self._positions.execution(namespace).used
+        if name in used:
+            raise ConfigurationError(
+                f"the effect's key {name!r:.80} is used twice at {position}: it would be done "
+                "once; give each effect of a node a key of its own"
+            )
+        used.add(name)
+        about = self.about
+        return NewEffect(
+            agent_id=about.agent_id,
+            thread_id=about.thread_id,
+            run_id=about.run_id,
+            position=position,
+            name=name,
+            **terms,
+        )
+
+    def ticket(self, effect: Effect) -> EffectTicket:
+        """Return what travels with an effect."""
+        return EffectTicket(
+            effect_key=effect.key,
+            name=effect.name,
+            sender_id=effect.agent_id,
+            thread_id=effect.thread_id,
+            run_id=effect.run_id,
+            epoch=effect.epoch,
+        )
+
+    # What is written; each blocks.
+
+    def intend(self, new: NewEffect, over: int | None = None) -> Standing:
+        """See `EffectLedger.intend`."""
+        return self.ledger.intend(
+            new,
+            epoch=self.about.epoch,
+            incarnation=self._incarnation,
+            over=over,
+            doubted_since=self._doubted_since,
+        )
+
+    def conclude(self, effect: Effect, outcome: JsonValue) -> None:
+        """See `EffectLedger.conclude`."""
+        self.ledger.conclude(effect, outcome)
+
+    def refute(self, effect: Effect) -> None:
+        """See `EffectLedger.refute`."""
+        self.ledger.refute(effect)
+
+    def settle(
+        self, effect: Effect, verdict: Verdict, source: EffectSource, reply: JsonValue = None
+    ) -> Effect:
+        """See `EffectLedger.settle_effect`."""
+        return self.ledger.settle_effect(effect, verdict, source, reply)
+
+
+def effects_in(config: RunnableConfig) -> RunEffects | None:
+    """Return the effects of the run that a config is of; None where it is not owned."""
+    found = (config.get("configurable") or {}).get(EFFECTS)
+    return found if isinstance(found, RunEffects) else None
+
+
+__all__ = ["EFFECTS", "About", "EffectTerms", "IfUnknown", "Peers", "RunEffects", "effects_in"]
