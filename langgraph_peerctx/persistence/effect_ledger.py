@@ -4,12 +4,12 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 from pydantic import JsonValue
 from pydantic_core import from_json, to_json
-from sqlalchemy import Connection, Row, bindparam, or_, select, update
+from sqlalchemy import BigInteger, Connection, Row, bindparam, func, or_, select, update
 
 from langgraph_peerctx.errors import StaleOwnerError
 from langgraph_peerctx.persistence.rows import microseconds, moment_at
@@ -134,29 +134,42 @@ class EffectLedger(Runs):
             StaleOwnerError: If the thread is not ours any more; nothing was written.
             StoreError: If the database failed.
         """
+        asked = {
+            **_row_of(new, epoch),
+            "incarnation": incarnation,
+            "since": None if doubted_since is None else microseconds(doubted_since),
+        }
+        # A second try would find the first one's intent, and take it for one in doubt.
+        at = self._work(
+            lambda connection: connection.execute(self._intending, asked).scalar_one_or_none(),
+            again=False,
+        )
+        if at is not None:
+            return Standing(effect=_begun(new, epoch, at), has_begun=doubted_since is None)
 
         def work(connection: Connection) -> Standing:
             self._see_that_it_is_ours(connection, new, epoch, incarnation)
             found = self._effect(connection, new)
-            if found is None:
-                since = None if doubted_since is None else microseconds(doubted_since)
-                self._insert_intent(connection, new, epoch, since)
-            elif found.status == "not_done" or (found.status == "intent" and found.attempt == over):
-                self._intend_again(connection, found, new, epoch)
-            else:
+            assert found is not None  # noqa: S101 - it kept the intent from being written
+            is_over = found.status == "intent" and found.attempt == over
+            if found.status != "not_done" and not is_over:
                 return Standing(effect=found, has_begun=False)
-            begun = self._effect(connection, new)
-            assert begun is not None  # noqa: S101 - written above
-            is_doubted = found is None and doubted_since is not None
-            return Standing(effect=begun, has_begun=not is_doubted)
+            self._intend_again(connection, found, new, epoch)
+            again = self._effect(connection, new)
+            assert again is not None  # noqa: S101 - it was read above
+            return Standing(effect=again, has_begun=True)
 
-        # A second try would find the first one's intent, and take it for one in doubt.
         return self._work(work, transaction=True, again=False)
 
     def conclude(self, effect: Effect, outcome: JsonValue) -> None:
         """Write down what came of an effect that we have done; of a later attempt nothing."""
-        values = {"status": "done", "source": "own", "outcome": _json(outcome)}
-        self._settle(effect, values)
+        asked = {
+            "agent": effect.agent_id,
+            "effect": effect.effect_id,
+            "try": effect.attempt,
+            "what": _json(outcome),
+        }
+        self._work(lambda connection: connection.execute(self._concluding, asked))
 
     def refute(self, effect: Effect) -> None:
         """Write down that an effect that we were about to do was not done."""
@@ -225,26 +238,36 @@ class EffectLedger(Runs):
         ).first()
         return None if row is None else _read(row)
 
-    def _insert_intent(
-        self, connection: Connection, new: NewEffect, epoch: int, since: int | None
-    ) -> None:
-        row = {
-            "agent_id": new.agent_id,
-            "effect_id": new.effect_id,
-            "thread_id": plain_text(new.thread_id),
-            "run_id": plain_text(new.run_id),
-            "position": plain_text(new.position),
-            "effect_key": plain_text(new.name),
-            "peer_id": new.peer_id,
-            "scope": new.scope,
-            "status": "intent",
-            "epoch": epoch,
-            "attempt": 1,
-            "if_unknown": new.if_unknown,
-            "has_check": int(new.has_check),
-        }
-        at = self._now if since is None else since
-        connection.execute(self._insert_into(effects).values(intent_at=at, **row))
+    @cached_property
+    def _intending(self) -> Any:
+        """One statement for what happens nearly always: the lease is ours, the effect is new."""
+        given = [bindparam(name, type_=effects.c[name].type) for name in _INTENT]
+        at = func.coalesce(bindparam("since", type_=BigInteger), self._now)
+        ours = (
+            select(*given, at)
+            .where(
+                leases.c.agent_id == bindparam("agent_id"),
+                leases.c.thread_id == bindparam("thread_id"),
+                leases.c.epoch == bindparam("epoch"),
+                leases.c.owner_incarnation == bindparam("incarnation"),
+            )
+            .with_for_update(read=True, of=leases)
+        )
+        insert = self._insert_into(effects).from_select([*_INTENT, "intent_at"], ours)
+        return insert.on_conflict_do_nothing().returning(effects.c.intent_at)
+
+    @cached_property
+    def _concluding(self) -> Any:
+        return (
+            update(effects)
+            .where(
+                effects.c.agent_id == bindparam("agent"),
+                effects.c.effect_id == bindparam("effect"),
+                effects.c.status == "intent",
+                effects.c.attempt == bindparam("try"),
+            )
+            .values(status="done", source="own", outcome=bindparam("what"), done_at=self._now)
+        )
 
     def _intend_again(
         self, connection: Connection, found: Effect, new: NewEffect, epoch: int
@@ -283,6 +306,49 @@ class EffectLedger(Runs):
             return found
 
         return self._work(work, transaction=True)
+
+
+_INTENT = (
+    *("agent_id", "effect_id", "thread_id", "run_id", "position", "effect_key", "peer_id"),
+    *("scope", "status", "epoch", "attempt", "if_unknown", "has_check"),
+)
+"""What is written of an intent, beside its time."""
+
+
+def _row_of(new: NewEffect, epoch: int) -> dict[str, Any]:
+    return {
+        "agent_id": new.agent_id,
+        "effect_id": new.effect_id,
+        "thread_id": plain_text(new.thread_id),
+        "run_id": plain_text(new.run_id),
+        "position": plain_text(new.position),
+        "effect_key": plain_text(new.name),
+        "peer_id": new.peer_id,
+        "scope": new.scope,
+        "status": "intent",
+        "epoch": epoch,
+        "attempt": 1,
+        "if_unknown": new.if_unknown,
+        "has_check": int(new.has_check),
+    }
+
+
+def _begun(new: NewEffect, epoch: int, intent_at: int) -> Effect:
+    return Effect(
+        agent_id=new.agent_id,
+        thread_id=new.thread_id,
+        run_id=new.run_id,
+        position=new.position,
+        name=new.name,
+        peer_id=new.peer_id,
+        scope=new.scope,
+        if_unknown=new.if_unknown,
+        has_check=new.has_check,
+        status="intent",
+        epoch=epoch,
+        attempt=1,
+        intent_at=moment_at(intent_at),
+    )
 
 
 def _read(row: Row[Any]) -> Effect:

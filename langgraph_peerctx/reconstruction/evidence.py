@@ -3,11 +3,14 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
+from pydantic_core import to_jsonable_python
+
 from langgraph_peerctx.gathering.peer_context import Conflict, PeerContext
 from langgraph_peerctx.nodes.state import EVIDENCE_RANKS, merge_peer_context
 from langgraph_peerctx.persistence.effect_ledger import Effect
 from langgraph_peerctx.protocol.messages import Interaction, Json
 from langgraph_peerctx.reconstruction.checkpoint import CheckpointView
+from langgraph_peerctx.reconstruction.inference import Inferred
 from langgraph_peerctx.reconstruction.settling import doubtful, effect_json
 from langgraph_peerctx.reconstruction.sources import EvidenceQuery, OwnHistory
 
@@ -30,6 +33,7 @@ class Reconstruction(TypedDict):
         effects: The run's effects, in the order they were meant: what is known of each, from whom.
         consumed: What peers took from the agent after its last checkpoint: a resume goes back
             behind it.
+        inferred: What a language model filled in, where nothing else had a value; plain JSON.
         provenance: For each restored fact its source, rank, event id and time.
         degraded: Whether something is missing that should be here; `reasons` says what.
     """
@@ -47,6 +51,7 @@ class Reconstruction(TypedDict):
     in_doubt: list[Json]
     effects: list[Json]
     consumed: list[Json]
+    inferred: Json
     provenance: list[Json]
     degraded: bool
     reasons: list[str]
@@ -89,6 +94,7 @@ def reconstruct(
         in_doubt=[answer.model_dump(mode="json") for answer in peers.in_doubt] if peers else [],
         effects=[effect_json(effect) for effect in effects],
         consumed=_consumed(query.agent_id, checkpoint, peers),
+        inferred={},
         provenance=[
             *_restored(checkpoint),
             *_done(effects),
@@ -97,6 +103,18 @@ def reconstruct(
         degraded=bool(reasons),
         reasons=reasons,
     )
+
+
+def with_inferred(found: Reconstruction, inferred: Inferred) -> Reconstruction:
+    """Return a reconstruction with what a model inferred of it, marked as such; pure."""
+    reasons = [*found["reasons"], *inferred.reasons]
+    return {
+        **found,
+        "inferred": to_jsonable_python(dict(inferred.values), serialize_unknown=True),
+        "provenance": [*found["provenance"], *inferred.provenance],
+        "reasons": reasons,
+        "degraded": bool(reasons),
+    }
 
 
 def _own_fact(agent_id: str, event: Interaction) -> Json:

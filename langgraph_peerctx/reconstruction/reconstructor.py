@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from langchain_core.language_models import BaseChatModel
 from langchain_core.runnables import RunnableConfig
 
 from langgraph_peerctx.config import PeerContextSettings
@@ -10,7 +11,12 @@ from langgraph_peerctx.gathering.gatherer import OnAnswer
 from langgraph_peerctx.identifiers import check_id
 from langgraph_peerctx.protocol.messages import InDoubtKey
 from langgraph_peerctx.reconstruction.checkpoint import CheckpointView, load_checkpoint
-from langgraph_peerctx.reconstruction.evidence import Reconstruction, reconstruct
+from langgraph_peerctx.reconstruction.evidence import (
+    Reconstruction,
+    reconstruct,
+    with_inferred,
+)
+from langgraph_peerctx.reconstruction.gap_filling import Inference
 from langgraph_peerctx.reconstruction.recovery import recover_and_resume_workflow_async
 from langgraph_peerctx.reconstruction.result import RecoveryResult
 from langgraph_peerctx.reconstruction.sources import (
@@ -30,6 +36,9 @@ class AgentReconstructor:
         peer_context_timeout: The longest wait for their answers, in seconds.
         workflow: The agent's compiled workflow, to read the checkpoint through; without one the
             agent's own events and its peers are all there is, and the result says so.
+        llm: Any chat model; it may fill state keys that have no value, and nothing else. What it
+            filled stands under `inferred`, and is marked in `provenance`.
+        infer: The state keys that it may fill; by default any, where there is no checkpoint.
         runtime: A running runtime to use; by default each reconstruction opens and closes one.
         settings: For the runtime that is opened; by default from the environment.
     """
@@ -40,12 +49,17 @@ class AgentReconstructor:
         peer_context_timeout: float = 5.0,
         *,
         workflow: Workflow | None = None,
+        llm: BaseChatModel | None = None,
+        infer: Sequence[str] = (),
         runtime: ContextRuntime | None = None,
         settings: PeerContextSettings | None = None,
     ) -> None:
         self.enable_peer_context = enable_peer_context
         self.peer_context_timeout = peer_context_timeout
         self._workflow = None if workflow is None else compiled(workflow)
+        self._inference = Inference(llm=llm, keys=tuple(infer))
+        if self._workflow is not None:
+            self._inference.check(self._workflow)
         self._runtime = runtime
         self._settings = settings or (runtime.settings if runtime else PeerContextSettings())
 
@@ -102,7 +116,16 @@ class AgentReconstructor:
         ) as sources:
             peers = await collect_context(sources, query, on_answer=on_answer)
             own = await collect_own_events(sources, query)
-        return reconstruct(query, checkpoint, own, peers)
+        found = reconstruct(query, checkpoint, own, peers)
+        if self._workflow is None or self._inference.llm is None:
+            return found
+        inferred = await self._inference.fill(
+            self._workflow,
+            found["state"],
+            found["peer_context"],
+            is_exact=checkpoint is not None and checkpoint.exists,
+        )
+        return with_inferred(found, inferred)
 
     async def _load(self, config: RunnableConfig) -> CheckpointView | None:
         if self._workflow is None:

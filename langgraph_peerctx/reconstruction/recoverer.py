@@ -47,6 +47,7 @@ from langgraph_peerctx.persistence.incidents import Incident, Recovery, Settleme
 from langgraph_peerctx.persistence.runs import LostRun, Run
 from langgraph_peerctx.protocol.looking import plain
 from langgraph_peerctx.reconstruction.approval import Thresholds
+from langgraph_peerctx.reconstruction.gap_filling import Inference
 from langgraph_peerctx.reconstruction.incident import OnStep, StepRecord, tell, timed
 from langgraph_peerctx.reconstruction.recovery_graph import RecoveryPlan, RecoverySteps
 from langgraph_peerctx.reconstruction.result import RecoveryResult
@@ -86,6 +87,7 @@ class SupervisedWorkflow:
         min_responses: Do not resume if fewer answered.
         approve_below_coverage: Ask a human if less has answered, from 0 to 1; see `Thresholds`.
         approve_below_confidence: Ask a human if less of what was told is undisputed.
+        inference: A model that may fill named gaps.
     """
 
     workflow: Workflow
@@ -98,6 +100,7 @@ class SupervisedWorkflow:
     min_responses: int | None = None
     approve_below_coverage: float | None = None
     approve_below_confidence: float | None = None
+    inference: Inference = field(default_factory=Inference)
     thresholds: Thresholds = field(init=False)
 
     def __post_init__(self) -> None:
@@ -312,6 +315,7 @@ class Recoverer:
                 calls=calls_of(self._runtime) if supervised.use_peer_context else None,
             ),
             answers=self._answers,
+            inference=supervised.inference,
             incident_id=recovery.incident.incident_id,
             channel=supervised.peer_context_channel,
             context=await _context(workflow, run, supervised.context_factory),

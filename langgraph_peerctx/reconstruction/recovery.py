@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, Self
 
+from langchain_core.language_models import BaseChatModel
 from langchain_core.runnables import RunnableConfig
 from langgraph.types import Durability
 
@@ -26,6 +27,7 @@ from langgraph_peerctx.persistence.database import open_in_thread
 from langgraph_peerctx.persistence.incidents import ControlDatabase
 from langgraph_peerctx.persistence.inspection import has_schema
 from langgraph_peerctx.protocol.messages import InDoubtKey
+from langgraph_peerctx.reconstruction.gap_filling import Inference
 from langgraph_peerctx.reconstruction.incident import OnStep
 from langgraph_peerctx.reconstruction.lost_stores import LostStores
 from langgraph_peerctx.reconstruction.recoverer import Recoverer, SupervisedWorkflow
@@ -53,6 +55,8 @@ async def recover_and_resume_workflow_async(
     min_responses: int | None = None,
     in_doubt: Sequence[InDoubtKey] = (),
     answers: Mapping[str, Any] | None = None,
+    llm: BaseChatModel | None = None,
+    infer: Sequence[str] = (),
     durability: Durability | None = None,
     runtime: ContextRuntime | None = None,
     settings: PeerContextSettings | None = None,
@@ -85,6 +89,10 @@ async def recover_and_resume_workflow_async(
             are known anyway.
         answers: What a human says of effects that are `in_doubt`, by their keys: true, false, or
             `{"happened": true, "reply": ...}`.
+        llm: Any chat model; it may fill what neither a checkpoint nor the run's record nor
+            `initial_state` has, and nothing else: see `Inference`. What it filled is marked.
+        infer: The state keys that it may fill; by default any that has no value, where the run is
+            begun anew from `initial_state`.
         durability: By default `sync`, or `async` where LangGraph cannot run the workflow so:
             in a subgraph compiled with `checkpointer=False`.
         runtime: A running runtime to use; by default one is opened and closed.
@@ -120,6 +128,7 @@ async def recover_and_resume_workflow_async(
         open_store=partial(getattr, runtime, "store") if runtime else None,
         can_ask=False,
         answers=dict(answers or {}),
+        inference=Inference(llm=llm, keys=tuple(infer)),
         on_step=on_step,
         on_answer=on_answer,
     )
@@ -225,6 +234,7 @@ def supervised_as(plan: RecoveryPlan) -> SupervisedWorkflow:
         expect=plan.limits.expect,
         timeout_seconds=plan.limits.timeout_seconds,
         min_responses=plan.limits.min_responses,
+        inference=plan.inference,
     )
 
 

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Annotated, Any
 
+from langchain_core.language_models import BaseChatModel
 from langchain_core.runnables import RunnableConfig
 from langgraph.graph import END, START, StateGraph
 from langgraph.runtime import get_runtime
@@ -50,7 +51,8 @@ from langgraph_peerctx.protocol.looking import plain
 from langgraph_peerctx.protocol.messages import InDoubtKey
 from langgraph_peerctx.reconstruction.approval import Thresholds, is_approved, what_to_approve
 from langgraph_peerctx.reconstruction.checkpoint import CheckpointView, load_checkpoint
-from langgraph_peerctx.reconstruction.evidence import reconstruct
+from langgraph_peerctx.reconstruction.evidence import Reconstruction, reconstruct, with_inferred
+from langgraph_peerctx.reconstruction.gap_filling import Inference, filled
 from langgraph_peerctx.reconstruction.incident import (
     OnStep,
     StepRecord,
@@ -160,6 +162,7 @@ class RecoveryPlan:
         thread: The thread, where it is ours: its effects are settled, and done, under our lease.
         lost: Begins a run anew of which no record is left; None if the caller owns nothing.
         answers: What a human says of effects in doubt, by their keys.
+        inference: A model that may fill what no evidence has.
         can_ask: Whether a human can be asked: an interrupt needs a checkpointer.
         source: Another runtime than the process's own.
         open_store: Another event store than the settings'.
@@ -173,6 +176,7 @@ class RecoveryPlan:
     thread: OwnedThread | None = None
     lost: LostStores | None = None
     answers: Mapping[str, Any] = field(default_factory=dict)
+    inference: Inference = field(default_factory=Inference)
     can_ask: bool = True
     channel: str = "peer_context"
     context: Any = None
@@ -207,6 +211,8 @@ def create_recovery_graph(
     min_responses: int | None = None,
     approve_below_coverage: float | None = None,
     approve_below_confidence: float | None = None,
+    llm: BaseChatModel | None = None,
+    infer: Sequence[str] = (),
     settings: PeerContextSettings | None = None,
     on_step: OnStep | None = None,
     on_answer: OnAnswer | None = None,
@@ -235,6 +241,8 @@ def create_recovery_graph(
         approve_below_coverage: Ask a human (`interrupt`) if a smaller share of those who were
             expected has answered, from 0 to 1; see `Thresholds`.
         approve_below_confidence: Ask a human if a smaller share of what was told is undisputed.
+        llm: May fill what no evidence has; see `Inference`.
+        infer: The state keys that it may fill.
         settings: For the runtime, if it does not run yet; by default from the environment.
         on_step: Is told of each step when it has ended.
         on_answer: Is told of each peer's answer when it arrives, on the runtime's loop.
@@ -254,6 +262,7 @@ def create_recovery_graph(
             expect=tuple(expect), timeout_seconds=timeout_seconds, min_responses=min_responses
         ),
         thresholds=Thresholds(coverage=approve_below_coverage, confidence=approve_below_confidence),
+        inference=Inference(llm=llm, keys=tuple(infer)),
         settings=settings,
         on_step=on_step,
         on_answer=on_answer,
@@ -270,6 +279,7 @@ class RecoverySteps:
     """
 
     def __init__(self, plan: RecoveryPlan) -> None:
+        plan.inference.check(plan.workflow)
         self.plan = plan
         self.final_state: Any = None
         self.error: Exception | None = None
@@ -384,7 +394,8 @@ class RecoverySteps:
                 for effect, word in words_on(effects, peers):
                     await self.plan.thread.settle(effect, word, "peer")
                 effects = await self._effects(state.get("run_id"))
-            evidence = dict(reconstruct(query, view, own, peers, effects))
+            found = await self._infer(state, view, reconstruct(query, view, own, peers, effects))
+            evidence = dict(found)
             del evidence["state"]  # it is in the thread's own checkpoint
             step.detail.update(own_events=len(own.events), degraded=bool(evidence["degraded"]))
         return {
@@ -393,6 +404,23 @@ class RecoverySteps:
             "epoch": self.plan.thread.epoch if self.plan.thread else 0,
             "steps": [*state["steps"], step.record],
         }
+
+    async def _infer(
+        self, state: RecoveryState, view: CheckpointView, found: Reconstruction
+    ) -> Reconstruction:
+        """Fill the gaps of what was found, where there is a model that may."""
+        plan = self.plan
+        if plan.inference.llm is None:
+            return found
+        known = view.values if view.exists else self._initial_state(state)
+        inferred = await plan.inference.fill(
+            plan.workflow,
+            known if isinstance(known, Mapping) else {},
+            found["peer_context"],
+            is_exact=view.exists or plan.admitted is not None,
+            but=(plan.channel,),
+        )
+        return with_inferred(found, inferred)
 
     async def settle(self, state: RecoveryState) -> Update:
         """Ask a human of which effects nobody could tell whether they happened.
@@ -470,7 +498,13 @@ class RecoverySteps:
         decision = self._decide(state, before)
         if decision.action == "stop":  # somebody else was here since
             return {"result": self._stopped(state, before, decision)}
-        delivery = self._deliver(state, before, decision)
+        delivery = filled(
+            plan.workflow,
+            before,
+            self._deliver(state, before, decision),
+            evidence.get("inferred", {}),
+            anew=decision.action == "restart",
+        )
         durability = plan.durability or safest_durability(plan.workflow)
         with self._step("resume_workflow", state) as step:
             step.detail.update(durability=durability, channel=delivery.channel)

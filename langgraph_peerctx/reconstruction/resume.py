@@ -243,6 +243,25 @@ def _command(view: CheckpointView, update: Mapping[str, Any] | None = None) -> C
     return Command(update=update)
 
 
+def also_at_head(view: CheckpointView, delivery: Delivery, update: Mapping[str, Any]) -> Delivery:
+    """Return a delivery that writes to more channels of a broken superstep; pure.
+
+    Args:
+        view: The thread: none of the channels is pending there.
+        delivery: What resumes it.
+        update: Channel -> value.
+    """
+    command = delivery.input
+    if not update:
+        return delivery
+    if command is None:
+        return replace(delivery, input=_command(view, update))
+    if not isinstance(command, Command) or not isinstance(command.update or {}, Mapping):
+        return delivery
+    both: Any = {**(command.update or {}), **update}
+    return replace(delivery, input=replace(command, update=both))
+
+
 def deliver_at_start(
     workflow: Workflow, initial_state: object, channel_name: str, facts: Mapping[str, Any]
 ) -> Delivery:

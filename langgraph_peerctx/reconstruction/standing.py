@@ -6,8 +6,8 @@ from typing import Any
 
 from langgraph_peerctx.persistence.incidents import Incident, IncidentStatus
 from langgraph_peerctx.persistence.runs import LostRun
+from langgraph_peerctx.protocol.looking import plain
 from langgraph_peerctx.reconstruction.incident import incident_record
-from langgraph_peerctx.reconstruction.plain import plain
 from langgraph_peerctx.reconstruction.result import RecoveryResult
 from langgraph_peerctx.reconstruction.resume import RecoveryStatus
 

@@ -1,0 +1,467 @@
+"""What was in doubt is settled by the peer that knows, or by a human; on a broker of our own."""
+
+import asyncio
+import operator
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.graph import END, START, StateGraph
+from runtime_threads import no_runtime_left
+
+from langgraph_peerctx import Receiver, Settled, background, current_effect, effect
+from langgraph_peerctx.config import PeerContextSettings
+from langgraph_peerctx.durability.admission import packed, packed_config
+from langgraph_peerctx.durability.run_effects import About, RunEffects
+from langgraph_peerctx.errors import InDoubtError, StaleOwnerError
+from langgraph_peerctx.lifecycle import peer_context_lifespan
+from langgraph_peerctx.messaging.context_handler import ContextRequestHandler
+from langgraph_peerctx.nodes.state import PeerContextState
+from langgraph_peerctx.owned import own_runs
+from langgraph_peerctx.persistence.event_store import EventStore, record_interaction
+from langgraph_peerctx.persistence.incidents import ControlDatabase, Incident
+from langgraph_peerctx.persistence.runs import NewRun, Owner, RunInput
+from langgraph_peerctx.protocol.tickets import EffectTicket
+from langgraph_peerctx.reconstruction.answering import aanswer_recovery
+from langgraph_peerctx.reconstruction.recovery import recover_and_resume_workflow_async
+from langgraph_peerctx.reconstruction.supervisor import RecoverySupervisor
+
+AGENT, THREAD, PEER = "product-agent", "thread-1", "inventory-agent"
+AT: Any = {"configurable": {"thread_id": THREAD}}
+GHOST = Owner(owner_id="ghost", incarnation="ghost-1", ttl_seconds=0.01)
+
+
+class State(PeerContextState, total=False):
+    log: Annotated[list[Any], operator.add]
+
+
+class KilledError(BaseException):
+    """Leaves what a kill would leave."""
+
+
+@pytest.fixture
+def settings(
+    embedded_settings: PeerContextSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> PeerContextSettings:
+    del embedded_settings
+    monkeypatch.setenv("PEER_CONTEXT_CONTROL_DATABASE_URL", f"sqlite:///{tmp_path}/control.db")
+    monkeypatch.setenv("PEER_CONTEXT_HEARTBEAT_INTERVAL_SECONDS", "0.1")
+    monkeypatch.setenv("PEER_CONTEXT_HEARTBEAT_PAUSE_SECONDS", "0.4")
+    monkeypatch.setenv("PEER_CONTEXT_SWEEP_SECONDS", "0.5")
+    monkeypatch.setenv("PEER_CONTEXT_TIMEOUT_SECONDS", "0.6")
+    monkeypatch.setenv("KAFKA_PRESENCE_TOPIC", f"presence.{tmp_path.name}"[:100])
+    return PeerContextSettings()
+
+
+@pytest.fixture
+def control(settings: PeerContextSettings) -> Iterator[ControlDatabase]:
+    with ControlDatabase(settings.control_url) as opened:
+        yield opened
+
+
+@pytest.fixture(autouse=True)
+async def _no_runtime_left(settings: PeerContextSettings) -> AsyncIterator[None]:
+    del settings
+    with no_runtime_left():
+        yield
+        background.stop_kept_runtime()
+
+
+class Peer:
+    """An agent that takes orders, in a store of its own, and how they get there."""
+
+    def __init__(self, folder: Path, *, receives: bool = True) -> None:
+        self.store = EventStore(f"sqlite:///{folder}/peer.db")
+        self.receiver = Receiver(PEER, store=self.store) if receives else None
+        self.applied: list[str] = []
+        self.tickets: list[EffectTicket] = []
+        self.dies: list[str] = []
+        self.is_down = False
+
+    async def order(self, what: str) -> Any:
+        """What the effect calls: it may be killed on the way there, or on the way back."""
+        self.tickets.append(current_effect())
+        if self.dies == ["before"]:
+            self.dies.clear()
+            raise KilledError
+        reply = self.take(current_effect(), what)
+        if self.dies == ["after"]:
+            self.dies.clear()
+            raise KilledError
+        return reply
+
+    def take(self, ticket: EffectTicket, what: str) -> Any:
+        if self.is_down:
+            raise ConnectionRefusedError
+        if self.receiver is None:
+            self.applied.append(what)
+            for kind, sender, receiver in (("order", AGENT, PEER), ("order-done", PEER, AGENT)):
+                record_interaction(
+                    agent_id=PEER,
+                    from_agent=sender,
+                    to_agent=receiver,
+                    thread_id=ticket.thread_id,
+                    kind=kind,
+                    payload={"number": len(self.applied)},
+                    effect_key=ticket.effect_key,
+                    run_id=ticket.run_id,
+                    store=self.store,
+                )
+            return {"number": len(self.applied)}
+        with self.receiver.receive(ticket) as receipt:
+            if receipt.is_first:
+                self.applied.append(what)
+                receipt.reply = {"number": len(self.applied)}
+        return receipt.reply
+
+    @asynccontextmanager
+    async def answering(self) -> AsyncIterator[None]:
+        """Answer what is asked, as its process does."""
+        async with peer_context_lifespan() as runtime:
+            await runtime.host(ContextRequestHandler(PEER, store=self.store))
+            yield
+            await runtime.unhost(PEER)
+
+
+@pytest.fixture
+def peer(tmp_path: Path) -> Iterator[Peer]:
+    made = Peer(tmp_path)
+    yield made
+    made.store.close()
+
+
+def workflow(peer: Peer, /, **terms: Any) -> Any:
+    async def plan(_: State) -> Any:
+        return {"log": ["plan"]}
+
+    async def order(_: State) -> Any:
+        chosen = {"peer": PEER, "not_done_on": (ConnectionRefusedError,), **terms}
+        return {"log": [await effect("order 4711", peer.order, "4711", **chosen)]}
+
+    builder = StateGraph(State)
+    builder.add_node("plan", plan)
+    builder.add_node("order", order)
+    builder.add_edge(START, "plan")
+    builder.add_edge("plan", "order")
+    builder.add_edge("order", END)
+    return builder.compile(checkpointer=InMemorySaver(), name="launch")
+
+
+async def lose(control: ControlDatabase, app: Any, *, run_id: str = "r1") -> None:
+    """Run it as a process that dies in its effect."""
+    lease = control.admit(
+        NewRun(
+            run_id=run_id,
+            agent_id=AGENT,
+            thread_id=THREAD,
+            workflow="launch",
+            durability="sync",
+            given=RunInput(value=packed(app, {"log": ["in"]}, name="input")),
+            config=packed_config(app, {}),
+        ),
+        GHOST,
+    )
+    about = About(agent_id=AGENT, thread_id=THREAD, run_id=run_id, epoch=lease.epoch)
+    effects = RunEffects(control, about, incarnation=GHOST.incarnation)
+    place = effects.go_along({**AT, "metadata": {"run_id": run_id}})
+    with pytest.raises(KilledError):
+        await app.ainvoke({"log": ["in"]}, place, durability="sync")
+
+
+async def settled(control: ControlDatabase, *statuses: str, within: float = 20) -> Incident:
+    deadline = time.monotonic() + within
+    while True:
+        incident = control.incident_of(AGENT, THREAD)
+        if incident is not None and incident.status in (statuses or ("recovered",)):
+            return incident
+        assert time.monotonic() < deadline, incident
+        await asyncio.sleep(0.02)
+
+
+async def log_of(app: Any) -> Any:
+    return (await app.aget_state(AT)).values["log"]
+
+
+async def test_what_has_arrived_is_not_done_again_and_its_reply_is_restored(
+    control: ControlDatabase, peer: Peer
+) -> None:
+    app = workflow(peer)
+    peer.dies = ["after"]
+    await lose(control, app)
+    async with peer.answering(), RecoverySupervisor({"launch": app}):
+        incident = await settled(control)
+    assert peer.applied == ["4711"]
+    assert await log_of(app) == ["in", "plan", {"number": 1}]
+    assert len(peer.tickets) == 1
+    (known,) = control.effects_of(AGENT, THREAD, "r1")
+    assert (known.status, known.source, known.outcome) == ("done", "peer", {"number": 1})
+    assert incident.report is not None
+    (shown,) = incident.report["effects"]
+    assert (shown["name"], shown["status"], shown["source"]) == ("order 4711", "done", "peer")
+    facts = {p["fact"]: p for p in incident.report["provenance"]}
+    assert facts["effect.order 4711"]["source"] == "peer"
+
+
+async def test_what_has_not_arrived_is_barred_and_done_once(
+    control: ControlDatabase, peer: Peer
+) -> None:
+    app = workflow(peer)
+    peer.dies = ["before"]
+    await lose(control, app)
+    async with peer.answering(), RecoverySupervisor({"launch": app}):
+        await settled(control)
+    assert peer.applied == ["4711"]
+    late, done = peer.tickets
+    assert (late.effect_key, late.epoch) == (done.effect_key, done.epoch - 1)
+    with pytest.raises(StaleOwnerError):  # what was on its way all the time
+        peer.take(late, "4711")
+    assert peer.applied == ["4711"]
+
+
+async def test_a_peer_that_takes_no_tickets_tells_what_it_has_seen(
+    control: ControlDatabase, tmp_path: Path
+) -> None:
+    peer = Peer(tmp_path, receives=False)
+    app = workflow(peer)
+    peer.dies = ["after"]
+    await lose(control, app)
+    async with peer.answering(), RecoverySupervisor({"launch": app}):
+        await settled(control)
+    assert peer.applied == ["4711"]
+    assert await log_of(app) == ["in", "plan", {"number": 1}]
+    peer.store.close()
+
+
+async def test_a_peer_that_takes_no_tickets_never_tells_that_it_has_not_seen(
+    control: ControlDatabase, tmp_path: Path
+) -> None:
+    peer = Peer(tmp_path, receives=False)
+    app = workflow(peer)
+    peer.dies = ["before"]
+    await lose(control, app)
+    async with peer.answering(), RecoverySupervisor({"launch": app}):
+        incident = await settled(control, "waiting_for_human")
+        assert incident.question is not None
+        assert incident.question["question"] == (
+            "Did 'order 4711' reach inventory-agent? inventory-agent cannot tell."
+        )
+    assert peer.applied == []
+    peer.store.close()
+
+
+async def test_where_its_peer_is_silent_a_human_is_asked_plainly(
+    control: ControlDatabase, peer: Peer
+) -> None:
+    app = workflow(peer)
+    peer.dies = ["after"]
+    await lose(control, app)
+    async with RecoverySupervisor({"launch": app}):
+        incident = await settled(control, "waiting_for_human")
+        assert incident.question is not None
+        assert incident.question["question"] == (
+            "Did 'order 4711' reach inventory-agent? It is silent."
+        )
+        assert await log_of(app) == ["in", "plan"]
+        answer = {"order 4711": {"happened": True, "reply": {"number": 1}}}
+        await aanswer_recovery(incident.incident_id, answer)
+        await settled(control)
+    assert await log_of(app) == ["in", "plan", {"number": 1}]
+    assert peer.applied == ["4711"]
+    (known,) = control.effects_of(AGENT, THREAD, "r1")
+    assert known.source == "human"
+
+
+@pytest.mark.parametrize("answer", [False, {"order 4711": "not_seen"}, {"happened": "no"}])
+async def test_what_a_human_says_did_not_happen_is_done(
+    control: ControlDatabase, peer: Peer, answer: Any
+) -> None:
+    app = workflow(peer)
+    peer.dies = ["before"]
+    await lose(control, app)
+    async with RecoverySupervisor({"launch": app}):
+        incident = await settled(control, "waiting_for_human")
+        await aanswer_recovery(incident.incident_id, answer)
+        await settled(control)
+    assert peer.applied == ["4711"]
+    assert await log_of(app) == ["in", "plan", {"number": 1}]
+
+
+async def test_an_answer_that_is_not_understood_is_asked_for_again(
+    control: ControlDatabase, peer: Peer
+) -> None:
+    app = workflow(peer)
+    peer.dies = ["before"]
+    await lose(control, app)
+    async with RecoverySupervisor({"launch": app}):
+        incident = await settled(control, "waiting_for_human")
+        await aanswer_recovery(incident.incident_id, "perhaps")
+        deadline = time.monotonic() + 20
+        while True:
+            incident = await settled(control, "waiting_for_human")
+            if incident.question and "not_understood" in incident.question:
+                break
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.02)
+        assert incident.question["not_understood"] == "'perhaps'"
+        await aanswer_recovery(incident.incident_id, False)  # noqa: FBT003 - the answer
+        await settled(control)
+    assert peer.applied == ["4711"]
+
+
+async def test_a_peer_that_comes_back_settles_it_without_a_human(
+    control: ControlDatabase, peer: Peer
+) -> None:
+    app = workflow(peer)
+    peer.dies = ["after"]
+    await lose(control, app)
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(RecoverySupervisor({"launch": app}))
+        await settled(control, "waiting_for_human")
+        await stack.enter_async_context(peer.answering())
+        incident = await settled(control)
+    assert peer.applied == ["4711"]
+    assert await log_of(app) == ["in", "plan", {"number": 1}]
+    assert incident.attempts <= 1
+
+
+async def test_what_is_to_be_done_again_in_any_case_asks_nobody(
+    control: ControlDatabase, peer: Peer
+) -> None:
+    app = workflow(peer, if_unknown="retry", peer=None)
+    peer.dies = ["before"]
+    await lose(control, app)
+    async with RecoverySupervisor({"launch": app}):
+        await settled(control)
+    assert peer.applied == ["4711"]
+
+
+async def test_what_is_to_fail_becomes_a_dead_letter(control: ControlDatabase, peer: Peer) -> None:
+    app = workflow(peer, if_unknown="fail")
+    peer.dies = ["before"]
+    await lose(control, app)
+    async with RecoverySupervisor({"launch": app}):
+        incident = await settled(control, "dead_letter")
+    assert incident.result is not None
+    assert incident.result["status"] == "in_doubt"
+    assert peer.applied == []
+
+
+async def test_a_look_of_the_workflows_own_comes_before_a_human(
+    control: ControlDatabase, peer: Peer
+) -> None:
+    found = [Settled.unknown(), Settled.unknown(), Settled.happened({"number": 1})]
+    app = workflow(peer, peer=None, check=lambda _: found.pop() if found else Settled.unknown())
+    peer.dies = ["after"]
+    await lose(control, app)
+    async with RecoverySupervisor({"launch": app}):
+        await settled(control)
+    assert peer.applied == ["4711"]
+    assert await log_of(app) == ["in", "plan", {"number": 1}]
+
+
+async def test_a_look_in_vain_is_followed_by_a_question(
+    control: ControlDatabase, peer: Peer
+) -> None:
+    app = workflow(peer, peer=None, check=lambda _: Settled.unknown())
+    peer.dies = ["after"]
+    await lose(control, app)
+    async with RecoverySupervisor({"launch": app}):
+        incident = await settled(control, "waiting_for_human")
+        assert incident.question is not None
+        assert "Did 'order 4711' happen?" in str(incident.question["question"])
+        await aanswer_recovery(incident.incident_id, True)  # noqa: FBT003 - the answer
+        await settled(control)
+    assert peer.applied == ["4711"]
+    assert await log_of(app) == ["in", "plan", None]
+
+
+async def test_a_doubt_that_comes_up_in_a_run_hands_it_over(
+    control: ControlDatabase, peer: Peer
+) -> None:
+    """A call that timed out, retried by LangGraph while the peer is away."""
+    app = workflow(peer)
+    fails = [TimeoutError()]
+    act = peer.order
+
+    async def times_out(what: str) -> Any:
+        told = await act(what)
+        if fails:
+            raise fails.pop()
+        return told
+
+    peer.order = times_out
+    owned = own_runs(app, agent_id=AGENT)
+    with pytest.raises(TimeoutError):
+        await owned.ainvoke({"log": ["in"]}, AT)
+    with pytest.raises(InDoubtError):
+        await owned.ainvoke(None, AT)
+    run = control.newest_run(AGENT, THREAD)
+    assert run is not None
+    assert run.end_kind == "handed_over"
+    async with peer.answering(), RecoverySupervisor({"launch": app}):
+        await settled(control)
+    assert peer.applied == ["4711"]
+    assert await log_of(app) == ["in", "plan", {"number": 1}]
+
+
+async def test_by_hand_a_doubt_is_a_result_and_an_answer_an_argument(
+    control: ControlDatabase, peer: Peer
+) -> None:
+    app = workflow(peer)
+    peer.dies = ["after"]
+    await lose(control, app)
+    held = control.lease_of(AGENT, THREAD)
+    assert held is not None
+    control.end(held, "r1", "raised", error="TimeoutError")
+
+    async def recover(**more: Any) -> Any:
+        return await recover_and_resume_workflow_async(
+            workflow=app, agent_id=AGENT, thread_id=THREAD, peer_context_timeout=0.5, **more
+        )
+
+    result = await recover()
+    assert (result["status"], result["recovered"]) == ("in_doubt", False)
+    question = "Did 'order 4711' reach inventory-agent? It is silent."
+    assert result["reasons"] == [f"in_doubt: {question}"]
+    reply = {"happened": True, "reply": {"number": 1}}
+    result = await recover(answers={"order 4711": reply})
+    assert result["status"] == "resumed"
+    assert result["final_state"]["log"] == ["in", "plan", {"number": 1}]
+    assert peer.applied == ["4711"]
+
+
+@pytest.mark.parametrize("dies", ["before", "after"])
+async def test_with_all_its_stores_lost_the_peers_keep_an_effect_from_being_repeated(
+    control: ControlDatabase,
+    peer: Peer,
+    dies: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    app = workflow(peer)
+    peer.dies = [dies]
+    await lose(control, app)
+    monkeypatch.setenv("PEER_CONTEXT_CONTROL_DATABASE_URL", f"sqlite:///{tmp_path}/new.db")
+    fresh = workflow(peer)
+    async with peer.answering():
+        result = await recover_and_resume_workflow_async(
+            workflow=fresh,
+            agent_id=AGENT,
+            thread_id=THREAD,
+            initial_state={"log": ["in"]},
+            expect=[PEER],
+        )
+    assert result["status"] == "restarted"
+    assert result["final_state"]["log"] == ["in", "plan", {"number": 1}]
+    assert peer.applied == ["4711"]
+    with ControlDatabase(f"sqlite:///{tmp_path}/new.db") as new:
+        run = new.newest_run(AGENT, THREAD)
+        assert run is not None
+        assert run.end_kind == "returned"
+        if dies == "after":
+            assert run.run_id == "r1"
+            assert run.epoch > 1
