@@ -1,6 +1,7 @@
 """Side effects of runs: meant, and what came of them. An intent alone is in doubt."""
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -23,6 +24,7 @@ EffectStatus = Literal["intent", "done", "not_done"]
 EffectSource = Literal["own", "peer", "check", "human"]
 IfUnknown = Literal["ask", "retry", "fail"]
 
+_SUPERSTEP = re.compile(r"@(-?\d+)")
 _KEY_DIGITS = 16
 """Of an effect's hash, in its key: 64 bits, beside a name that people can read."""
 
@@ -85,6 +87,12 @@ class Effect(NewEffect):
     done_at: datetime | None = None
     source: EffectSource | None = None
     unknown_at: datetime | None = None
+
+    @property
+    def superstep(self) -> int:
+        """The superstep of the graph itself at which it stands; see `positions`."""
+        found = _SUPERSTEP.search(self.position)
+        return int(found[1]) if found else 0
 
     @property
     def in_doubt_key(self) -> InDoubtKey | None:

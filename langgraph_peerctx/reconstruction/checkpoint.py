@@ -104,6 +104,7 @@ class CheckpointView:
         channels: The state keys that an update may name; empty for a functional workflow.
         checkpoint_id: None if there is no checkpoint.
         run_id: The run that wrote the head, if it said so in its metadata.
+        step: The superstep that it closes; what a resume does has a higher one.
         values: The state as LangGraph restores it, with what finished siblings have written. A
             functional workflow's last result stands under `__end__`.
         tasks: Every task of the open superstep; empty if and only if the thread is finished.
@@ -120,6 +121,7 @@ class CheckpointView:
     checkpoint_id: str | None = None
     run_id: str | None = None
     created_at: datetime | None = None
+    step: int | None = None
     values: Mapping[str, Any] = field(default_factory=dict)
     tasks: tuple[TaskView, ...] = ()
     pending_channels: frozenset[str] = frozenset()
@@ -150,6 +152,7 @@ class CheckpointView:
             "checkpoint_id": self.checkpoint_id,
             "created_at": self.created_at.isoformat() if self.created_at else None,
             "run_id": self.run_id,
+            "step": self.step,
             "status": self.status,
             "tasks": tasks,
             "pending_channels": list[JsonValue](sorted(self.pending_channels)),
@@ -392,7 +395,7 @@ def _view(
 ) -> CheckpointView:
     snapshot, metadata = head.snapshot, head.saved.metadata
     values = snapshot.values
-    run_id = metadata.get("run_id")
+    run_id, step = metadata.get("run_id"), metadata.get("step")
     return CheckpointView(
         thread_id=str(head.saved.config["configurable"]["thread_id"]),
         status=_status(tasks, breakpoints),
@@ -401,6 +404,7 @@ def _view(
         checkpoint_id=head.saved.checkpoint["id"],
         run_id=run_id if isinstance(run_id, str) else None,
         created_at=datetime.fromisoformat(head.saved.checkpoint["ts"]),
+        step=step if isinstance(step, int) else None,
         values=dict(values) if isinstance(values, Mapping) else _single(head.graph, values),
         tasks=tuple(tasks),
         pending_channels=_sent(head.writes) & state_keys(head.graph),

@@ -63,6 +63,8 @@ def reconstruct(
     own: OwnHistory,
     peers: PeerContext | None,
     effects: Sequence[Effect] = (),
+    *,
+    resumed_after: int | None = None,
 ) -> Reconstruction:
     """Put the evidence together; pure.
 
@@ -78,7 +80,7 @@ def reconstruct(
         *(peers.degraded if peers else ()),
         *_missing(checkpoint),
         *_out_of_sight(query),
-        *_unsettled(query, peers, effects),
+        *_unsettled(query, peers, effects, resumed_after),
     ]
     return Reconstruction(
         agent_id=query.agent_id,
@@ -140,7 +142,10 @@ def _out_of_sight(query: EvidenceQuery) -> list[str]:
 
 
 def _unsettled(
-    query: EvidenceQuery, peers: PeerContext | None, effects: Sequence[Effect]
+    query: EvidenceQuery,
+    peers: PeerContext | None,
+    effects: Sequence[Effect],
+    step: int | None,
 ) -> list[str]:
     """Say which effects stay in doubt; only the peer that a key names settles it."""
     ours = {effect.key for effect in effects}
@@ -149,7 +154,7 @@ def _unsettled(
         for answer in (peers.in_doubt if peers else ())
         if answer.verdict != "cannot_tell"
     }
-    keys = [effect.key for effect in doubtful(effects)]
+    keys = [effect.key for effect in doubtful(effects, after=step)]
     keys += [
         key.effect_key
         for key in query.in_doubt

@@ -394,13 +394,17 @@ class RecoverySteps:
                 for effect, word in words_on(effects, peers):
                     await self.plan.thread.settle(effect, word, "peer")
                 effects = await self._effects(state.get("run_id"))
-            found = await self._infer(state, view, reconstruct(query, view, own, peers, effects))
+            found = await self._infer(
+                state,
+                view,
+                reconstruct(query, view, own, peers, effects, resumed_after=_after(state)),
+            )
             evidence = dict(found)
             del evidence["state"]  # it is in the thread's own checkpoint
             step.detail.update(own_events=len(own.events), degraded=bool(evidence["degraded"]))
         return {
             "evidence": evidence,
-            "doubts": [effect.key for effect in doubtful(effects)],
+            "doubts": [effect.key for effect in doubtful(effects, after=_after(state))],
             "epoch": self.plan.thread.epoch if self.plan.thread else 0,
             "steps": [*state["steps"], step.record],
         }
@@ -431,11 +435,11 @@ class RecoverySteps:
         if thread is None or run_id is None or not state["doubts"]:
             return {}
         may_be_bare = len(state["doubts"]) == 1
-        await self._answered(self.plan.answers, run_id, may_be_bare=may_be_bare)
+        await self._answered(self.plan.answers, state, may_be_bare=may_be_bare)
         if thread.epoch != state["epoch"]:
-            await thread.ask_again(doubtful(await self._effects(run_id)), run_id)
+            await thread.ask_again(await self._doubtful(state), run_id)
         unclear: object = None
-        while open_ones := doubtful(await self._effects(run_id)):
+        while open_ones := await self._doubtful(state):
             if not self.plan.can_ask or any(e.if_unknown == "fail" for e in open_ones):
                 return {"result": await self._in_doubt(state, open_ones)}
             answer = interrupt(
@@ -447,16 +451,16 @@ class RecoverySteps:
                 )
             )
             unclear = answer
-            await self._answered(answer, run_id, may_be_bare=may_be_bare)
+            await self._answered(answer, state, may_be_bare=may_be_bare)
         effects = [effect_json(effect) for effect in await self._effects(run_id)]
         return {"evidence": {**state["evidence"], "effects": effects}}
 
-    async def _answered(self, answer: object, run_id: str, *, may_be_bare: bool) -> None:
+    async def _answered(self, answer: object, state: RecoveryState, *, may_be_bare: bool) -> None:
         """Write down what a human says of effects in doubt."""
         thread = self.plan.thread
         if thread is None or (not answer and answer is not False):
             return
-        open_ones = doubtful(await self._effects(run_id))
+        open_ones = await self._doubtful(state)
         for effect, settled in answers_in(answer, open_ones, may_be_bare=may_be_bare):
             await thread.settle(effect, settled, "human")
 
@@ -468,6 +472,9 @@ class RecoverySteps:
         ]
         stopped = Decision(action="stop", status="in_doubt", reasons=tuple(reasons))
         return self._stopped(state, await self._head(state), stopped)
+
+    async def _doubtful(self, state: RecoveryState) -> list[Effect]:
+        return doubtful(await self._effects(state.get("run_id")), after=_after(state))
 
     async def _effects(self, run_id: str | None) -> list[Effect]:
         return [] if self.plan.thread is None else await self.plan.thread.known(run_id)
@@ -713,6 +720,15 @@ def _unless_ended(following: str, state: RecoveryState) -> str:
 
 def _unless_gathered(following: str, state: RecoveryState) -> str:
     return following if state.get("gathered") is None else "reconstruct"
+
+
+def _after(state: Mapping[str, Any]) -> int | None:
+    """Return the superstep after which the workflow goes on; None if it begins anew."""
+    checkpoint = state.get("checkpoint")
+    if checkpoint is None or state.get("action") == "restart":
+        return None
+    step: int | None = checkpoint["step"]
+    return step
 
 
 def _beginning(before: Sequence[StepRecord]) -> str:

@@ -130,16 +130,23 @@ def words_on(
     return [(effect, word) for effect, word in found if word is not None]
 
 
-def doubtful(effects: Iterable[Effect]) -> list[Effect]:
+def doubtful(effects: Iterable[Effect], *, after: int | None) -> list[Effect]:
     """Return the effects that a human must be asked about before the workflow goes on.
 
-    Not those that are done again whatever became of them, nor those at which the workflow can look
-    itself, until it has looked in vain.
+    Not those that are done again whatever became of them; nor those at which the workflow can look
+    itself, until it has looked in vain; nor those that it has left behind with their doubt, and
+    never comes to again.
+
+    Args:
+        effects: A run's.
+        after: The superstep that the checkpoint closes; None if the run begins anew.
     """
     return [
         effect
         for effect in unsettled([*effects])
-        if effect.if_unknown != "retry" and (not effect.has_check or effect.unknown_at is not None)
+        if effect.if_unknown != "retry"
+        and (not effect.has_check or effect.unknown_at is not None)
+        and (after is None or effect.scope == "thread" or effect.superstep > after)
     ]
 
 

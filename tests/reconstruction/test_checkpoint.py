@@ -529,6 +529,7 @@ async def test_the_values_stay_out_of_the_views_json(bench: Bench) -> None:
         "checkpoint_id": view.checkpoint_id,
         "created_at": view.created_at.isoformat() if view.created_at else None,
         "run_id": None,
+        "step": 0,
         "status": "interrupted_work",
         "tasks": [{"name": "fail", "state": "unfinished", "error": "RuntimeError('fail')"}],
         "pending_channels": [],

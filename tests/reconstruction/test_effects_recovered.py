@@ -465,3 +465,34 @@ async def test_with_all_its_stores_lost_the_peers_keep_an_effect_from_being_repe
         if dies == "after":
             assert run.run_id == "r1"
             assert run.epoch > 1
+
+
+async def test_a_doubt_that_the_workflow_has_left_behind_is_not_asked_about(
+    control: ControlDatabase, peer: Peer
+) -> None:
+    async def sloppy(_: State) -> Any:
+        async def fails() -> None:
+            raise TimeoutError
+
+        with pytest.raises(TimeoutError):
+            await effect("reminder", fails, peer=PEER)
+        return {"log": ["plan"]}
+
+    async def order(_: State) -> Any:
+        return {"log": [await effect("order 4711", peer.order, "4711", if_unknown="retry")]}
+
+    builder = StateGraph(State)
+    builder.add_node("plan", sloppy)
+    builder.add_node("order", order)
+    builder.add_edge(START, "plan")
+    builder.add_edge("plan", "order")
+    app = builder.compile(checkpointer=InMemorySaver(), name="launch")
+    peer.dies = ["before"]
+    await lose(control, app)
+    async with RecoverySupervisor({"launch": app}):
+        await settled(control)
+    assert await log_of(app) == ["in", "plan", {"number": 1}]
+    assert {e.name: e.status for e in control.effects_of(AGENT, THREAD, "r1")} == {
+        "reminder": "intent",
+        "order 4711": "done",
+    }
