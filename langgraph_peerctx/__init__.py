@@ -4,6 +4,8 @@ from langgraph_peerctx.config import KafkaConfig, PeerContextSettings
 from langgraph_peerctx.drawing import Drawing, draw_incident, draw_recovery, draw_states
 from langgraph_peerctx.durability.effects import Settled, current_effect, effect
 from langgraph_peerctx.durability.fenced_checkpointer import FencedCheckpointer
+from langgraph_peerctx.durability.receiver import AsyncReceipt, Receipt, Receiver
+from langgraph_peerctx.durability.recorder import InteractionRecorder
 from langgraph_peerctx.errors import (
     BrokerUnavailableError,
     CheckpointerError,
@@ -71,6 +73,7 @@ __all__ = [
     "AgentContextService",
     "AgentFailure",
     "AgentReconstructor",
+    "AsyncReceipt",
     "BrokerUnavailableError",
     "CheckpointerError",
     "ConfigurationError",
@@ -90,6 +93,7 @@ __all__ = [
     "Incident",
     "IncidentRecord",
     "Interaction",
+    "InteractionRecorder",
     "KafkaConfig",
     "KafkaMessageConsumer",
     "KafkaMessageProducer",
@@ -103,6 +107,8 @@ __all__ = [
     "PeerContextState",
     "ProcessState",
     "ProtocolError",
+    "Receipt",
+    "Receiver",
     "Reconstruction",
     "RecordRefusedError",
     "RecoveryError",

@@ -16,6 +16,8 @@ from langchain_core.callbacks import BaseCallbackHandler
 from langgraph_peerctx import background
 from langgraph_peerctx.background import BackgroundRuntime
 from langgraph_peerctx.config import PeerContextSettings
+from langgraph_peerctx.durability.recorder import InteractionRecorder
+from langgraph_peerctx.durability.recording import record_with, stop_recording_with
 from langgraph_peerctx.durability.workflow import Workflow, compiled
 from langgraph_peerctx.errors import ConfigurationError, PeerContextError
 from langgraph_peerctx.identifiers import check_id
@@ -39,6 +41,7 @@ class Lifespan(TypedDict, total=False):
     agent_id: str | None
     workflow: SupervisedWorkflow | Workflow | None
     workflows: Mapping[str, SupervisedWorkflow | Workflow]
+    recorders: Sequence[InteractionRecorder]
     settings: PeerContextSettings | None
 
 
@@ -73,6 +76,8 @@ def peer_context_lifespan(
         agent_id: One more of them.
         workflow: A workflow whose runs are recovered, under its own name.
         workflows: The same, by the names under which their runs are admitted.
+        recorders: Record the owned runs of their agents meanwhile, those that are recovered here
+            too; closed by whoever made them.
         settings: By default those the runtime runs with, or the environment's.
 
     Raises, when it is entered:
@@ -85,7 +90,8 @@ def peer_context_lifespan(
     one = what.get("agent_id")
     names = [*what.get("agents", ()), *([] if one is None else [one])]
     agents = [check_id(name, "agents") for name in names]
-    running = _running(agents, _by_name(what), what.get("settings"))
+    recorders = what.get("recorders", ())
+    running = _running(agents, _by_name(what), recorders, what.get("settings"))
     return running if app is None else _as_state(running)
 
 
@@ -113,6 +119,7 @@ async def _as_state(
 async def _running(
     agents: Sequence[str],
     workflows: Mapping[str, SupervisedWorkflow],
+    recorders: Sequence[InteractionRecorder],
     settings: PeerContextSettings | None,
 ) -> AsyncIterator[BackgroundRuntime]:
     lease = background.lease(settings)
@@ -122,6 +129,8 @@ async def _running(
             runtime = await lease.aruntime()
             await runtime.host(*agents)
             stack.push_async_callback(runtime.unhost, *agents)
+            record_with(recorders)
+            stack.callback(stop_recording_with, recorders)
             if workflows:
                 await stack.enter_async_context(_supervising(runtime, workflows))
         except PeerContextError as error:

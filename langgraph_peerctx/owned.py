@@ -21,16 +21,19 @@ from langgraph_peerctx.asking import EffectPeers
 from langgraph_peerctx.background import BackgroundRuntime
 from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.durability.admission import (
+    Redact,
     fenced,
     is_continuation,
     is_durable,
     of_admitted_run,
-    packed,
     packed_config,
     packed_context,
+    packed_input,
 )
 from langgraph_peerctx.durability.fenced_checkpointer import FencedCheckpointer
 from langgraph_peerctx.durability.ownership import AgentFence, Held, Ownership
+from langgraph_peerctx.durability.recorder import InteractionRecorder
+from langgraph_peerctx.durability.recording import recorded, recorder_of
 from langgraph_peerctx.durability.run_effects import About, RunEffects
 from langgraph_peerctx.durability.workflow import (
     Workflow,
@@ -94,6 +97,8 @@ async def owned(
     agent_id: str,
     thread_id: str,
     name: str | None = None,
+    recorder: InteractionRecorder | None = None,
+    redact: Redact | None = None,
     settings: PeerContextSettings | None = None,
 ) -> AsyncIterator[OwnedRun]:
     """Run a workflow so that its runs can be recovered, and nobody else writes meanwhile.
@@ -106,6 +111,8 @@ async def owned(
         thread_id: The thread.
         name: Under which supervisors know the workflow; by default its own, or, if it was given
             none, its agent's.
+        recorder: Records what happens in the runs; see `own_runs`.
+        redact: What to store of an input; see `own_runs`.
         settings: For the runtime, if it does not run yet; by default from the environment.
 
     Raises:
@@ -114,7 +121,14 @@ async def owned(
         StoreError: If the control database cannot be opened.
         BrokerUnavailableError: If there is no broker, and mock mode is `never`.
     """
-    owning = own_runs(workflow, agent_id=agent_id, name=name, settings=settings)
+    owning = own_runs(
+        workflow,
+        agent_id=agent_id,
+        name=name,
+        recorder=recorder,
+        redact=redact,
+        settings=settings,
+    )
     thread_config(None, thread_id)
     lease = background.lease(settings)
     try:
@@ -129,6 +143,8 @@ def own_runs(
     *,
     agent_id: str,
     name: str | None = None,
+    recorder: InteractionRecorder | None = None,
+    redact: Redact | None = None,
     settings: PeerContextSettings | None = None,
 ) -> Workflow:
     """Return the workflow such that each of its root runs is owned, whoever begins it.
@@ -145,13 +161,18 @@ def own_runs(
         agent_id: Whose workflow it is.
         name: Under which supervisors know it; by default its own, or, if it was given none, its
             agent's.
+        recorder: Records what happens in the runs; by default the one that
+            `peer_context_lifespan(recorders=...)` names for the agent, if any.
+        redact: Returns what may be stored of an input, and must not change what it is given. A run
+            whose input is stored otherwise than it was cannot be begun again from it: killed before
+            its first checkpoint it is not recoverable, and the recovery says so.
         settings: For the process's runtime, if it does not run yet.
 
     Raises, when it runs:
         ThreadBusyError: If another process is at work on the thread, or an earlier run has not
             ended.
         StaleOwnerError: If another process has taken it over meanwhile.
-        ConfigurationError: If the input cannot be stored, or no thread is named.
+        ConfigurationError: If the input cannot be stored, `redact` failed, or no thread is named.
         StoreError: If the control database failed; nothing was run.
     """
     plain = compiled(workflow)
@@ -160,6 +181,8 @@ def own_runs(
     terms = _Terms(
         agent_id=check_id(agent_id, "agent_id"),
         name=name or name_of(plain, agent_id),
+        recorder=recorder,
+        redact=redact,
         settings=settings,
     )
     owning: Workflow = _owning_class(type(plain), terms)(**_attributes(plain))
@@ -192,6 +215,8 @@ class _Terms:
 
     agent_id: str
     name: str
+    recorder: InteractionRecorder | None
+    redact: Redact | None
     settings: PeerContextSettings | None
 
 
@@ -436,7 +461,9 @@ class _Order:
             agent_id=self._terms.agent_id,
             thread_id=self.thread_id,
             workflow=self._terms.name,
-            given=RunInput(value=packed(plain, self._given, name="input"), checkpoint_id=head_id),
+            given=RunInput(
+                value=packed_input(plain, self._given, self._terms.redact), checkpoint_id=head_id
+            ),
             config=packed_config(plain, self.config, self.options),
             context=packed_context(plain, self.options.get("context")),
             durability=self.options["durability"],
@@ -456,7 +483,8 @@ class _Order:
             incarnation=ownership.owner.incarnation,
             peers=EffectPeers(runtime),
         )
-        return effects.go_along(of_admitted_run(self.config, run.run_id))
+        place = effects.go_along(of_admitted_run(self.config, run.run_id))
+        return recorded(place, self._terms.recorder or recorder_of(run.agent_id))
 
     def fenced(self, ownership: Ownership) -> Workflow:
         """Return the workflow behind the fence of what this process owns."""

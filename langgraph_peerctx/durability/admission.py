@@ -1,7 +1,7 @@
 """What of a run is kept, so that another process can go on with it."""
 
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias, cast
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.serde.base import SerializerProtocol
@@ -20,6 +20,10 @@ KEPT = ("tags", "metadata", "recursion_limit", "run_name")
 STOPS = ("interrupt_before", "interrupt_after")
 """Where a run is to stop, as it was asked to: a recovery must not run past it."""
 _STOPS = "stops"
+_REDACTED = "redacted:"
+"""Before the type of an input that is not stored as it was."""
+
+Redact: TypeAlias = Callable[[Any], Any]
 
 
 def is_continuation(given: object) -> bool:
@@ -50,6 +54,31 @@ def packed(workflow: Workflow, value: object, *, name: str) -> Packed:
         ) from error
 
 
+def packed_input(workflow: Workflow, given: object, redact: Redact | None) -> Packed:
+    """Return what is stored of an input.
+
+    Raises:
+        ConfigurationError: If it cannot be stored, or `redact` failed.
+    """
+    if redact is None:
+        return packed(workflow, given, name="input")
+    try:
+        kept = redact(given)
+    except Exception as error:
+        raise ConfigurationError(
+            f"redact raised {type(error).__name__}, so nothing of the input was stored, and "
+            "nothing was run"
+        ) from error
+    whole = packed(workflow, given, name="input")
+    told = packed(workflow, kept, name="redacted input")
+    return whole if told == whole else Packed(kind=f"{_REDACTED}{told.kind}", data=told.data)
+
+
+def is_redacted(run: Run, number: int = 0) -> bool:
+    """Tell whether what a run was given is not what is stored of it."""
+    return run.inputs[number].value.kind.startswith(_REDACTED)
+
+
 def unpacked(workflow: Workflow, value: Packed, *, name: str) -> Any:
     """Return what was packed.
 
@@ -57,7 +86,8 @@ def unpacked(workflow: Workflow, value: Packed, *, name: str) -> Any:
         StoreError: If it cannot be read.
     """
     try:
-        return _serializer(workflow).loads_typed((value.kind, value.data))
+        kind = value.kind.removeprefix(_REDACTED)
+        return _serializer(workflow).loads_typed((kind, value.data))
     except (TypeError, ValueError, NotImplementedError) as error:
         raise StoreError(f"the run's {name} cannot be read: {error!r}"[:400]) from error
 

@@ -163,7 +163,7 @@ class RunEffects(BaseCallbackHandler):
             name=effect.name,
             sender_id=effect.agent_id,
             thread_id=effect.thread_id,
-            run_id=effect.run_id,
+            run_id=effect.run_id if effect.scope == "run" else effect.thread_id,
             epoch=effect.epoch,
         )
 

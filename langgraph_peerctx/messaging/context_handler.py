@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import to_json
 
 from langgraph_peerctx.errors import ConfigurationError, ProtocolError, StoreError
 from langgraph_peerctx.identifiers import check_id
@@ -17,6 +18,7 @@ from langgraph_peerctx.protocol.messages import (
     AgentStatus,
     ContextRequest,
     InDoubtAnswer,
+    InDoubtKey,
     Interaction,
     Json,
 )
@@ -26,6 +28,10 @@ _logger = logging.getLogger(__name__)
 MayAnswer = Callable[[ContextRequest], bool]
 Redact = Callable[[Json], Json]
 _REQUEST = TypeAdapter(ContextRequest)
+
+REPLIES_LIMIT_BYTES = 131_072
+"""Of all replies to in-doubt keys in one answer: they are never cut, and the answer must be sent.
+What does not fit is not told, and counts as not settled."""
 
 
 class ContextRequestHandler:
@@ -203,30 +209,46 @@ class ContextRequestHandler:
     def _settled(self, request: ContextRequest) -> tuple[InDoubtAnswer, ...]:
         """Say of each key that names this agent whether it arrived.
 
-        `seen` if it is recorded. Its absence proves nothing: it may still be on its way.
+        `not_seen` only from an agent with a `Receiver`: without one, a key that is not recorded
+        may still be on its way.
         """
-        return tuple(
-            self._settle(request, key.effect_key)
-            for key in request.in_doubt
-            if key.peer_id == self.agent_id
-        )
+        keys = [key for key in request.in_doubt if key.peer_id == self.agent_id]
+        settled: list[InDoubtAnswer] = []
+        room = REPLIES_LIMIT_BYTES
+        try:
+            for key in keys:
+                answer = self._settle(request, key)
+                size = 0 if answer.reply is None else len(to_json(answer.reply))
+                fits = size <= room
+                room -= size if fits else 0
+                settled.append(answer if fits else self._unknown(key))
+        except StoreError as error:
+            # The next key would wait as long, and the asker waits for all of them.
+            _logger.warning("%s cannot settle what is in doubt: %s", self.agent_id, error)
+        return (*settled, *map(self._unknown, keys[len(settled) :]))
 
-    def _settle(self, request: ContextRequest, effect_key: str) -> InDoubtAnswer:
-        seen = any(
-            i.from_agent == request.failed_agent_id and i.to_agent == self.agent_id
-            for i in self.store.by_effect_key(self.agent_id, effect_key)
+    def _settle(self, request: ContextRequest, key: InDoubtKey) -> InDoubtAnswer:
+        verdict, reply = self.store.settle_key(
+            self.agent_id,
+            request.failed_agent_id,
+            request.thread_id,
+            key.effect_key,
+            intent_at=key.intent_at,
+            epoch=request.epoch,
         )
         return InDoubtAnswer(
-            effect_key=effect_key,
+            effect_key=key.effect_key,
             agent_id=self.agent_id,
-            verdict="seen" if seen else "cannot_tell",
+            verdict=verdict,
+            reply=self._redacted(reply) if isinstance(reply, dict) else reply,
         )
 
     def _cannot_tell(self, request: ContextRequest) -> tuple[InDoubtAnswer, ...]:
-        return tuple(
-            InDoubtAnswer(effect_key=k.effect_key, agent_id=self.agent_id, verdict="cannot_tell")
-            for k in request.in_doubt
-            if k.peer_id == self.agent_id
+        return tuple(self._unknown(k) for k in request.in_doubt if k.peer_id == self.agent_id)
+
+    def _unknown(self, key: InDoubtKey) -> InDoubtAnswer:
+        return InDoubtAnswer(
+            effect_key=key.effect_key, agent_id=self.agent_id, verdict="cannot_tell"
         )
 
 

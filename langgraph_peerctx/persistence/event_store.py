@@ -19,8 +19,9 @@ from langgraph_peerctx.errors import (
     StoreError,
 )
 from langgraph_peerctx.identifiers import check_id, new_id
-from langgraph_peerctx.persistence.database import Database, open_in_thread
+from langgraph_peerctx.persistence.database import open_in_thread
 from langgraph_peerctx.persistence.engine import Synchronous
+from langgraph_peerctx.persistence.receipts import Receipts
 from langgraph_peerctx.persistence.rows import (
     EARLIEST,
     FIELDS,
@@ -75,11 +76,11 @@ class Window(TypedDict, total=False):
     limit: int
 
 
-class EventStore(Database):
-    """Interactions and memory of the agents that own this database; safe to use from any thread.
+class EventStore(Receipts):
+    """Interactions, memory and receipts of the agents that own this database.
 
-    Each method has an async twin with `a` in front, which works in a thread and stops waiting a
-    second after the timeout.
+    Safe to use from any thread. What concerns interactions and memory has async twins with `a` in
+    front, which work in a thread and stop waiting a second after the timeout.
 
     Args:
         url: `sqlite:///FILE` or `postgresql://USER:PASSWORD@HOST/NAME`.

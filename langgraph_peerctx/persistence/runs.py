@@ -593,8 +593,7 @@ class Runs(Leases):
             incidents.c.run_id == runs.c.run_id,
             or_(
                 incidents.c.status == "dead_letter",
-                (incidents.c.status == "waiting_for_human")
-                & incidents.c.next_attempt_at.is_(None),
+                (incidents.c.status == "waiting_for_human") & incidents.c.next_attempt_at.is_(None),
                 incidents.c.next_attempt_at > self._now,
             ),
         )

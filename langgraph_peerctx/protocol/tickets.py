@@ -17,7 +17,8 @@ from langgraph_peerctx.protocol.messages import Count, Frozen, Json
 EFFECT_HEADER: Final = "peerctx-effect"
 EFFECT_FIELD: Final = "peerctx_effect"
 NAME_LIMIT = 200
-TICKET_LIMIT_BYTES = 4_096
+TICKET_LIMIT_BYTES = 16_384
+"""Long ids outside of ASCII are escaped: six bytes a character, or twelve."""
 
 
 class EffectTicket(Frozen):
@@ -28,7 +29,7 @@ class EffectTicket(Frozen):
         name: The key that the sender's code uses.
         sender_id: The agent that acts.
         thread_id: In which thread.
-        run_id: In which run.
+        run_id: In which run; of an effect of the whole thread, the thread's id.
         epoch: Under which epoch: it rises each time that somebody takes the thread over.
     """
 
@@ -57,7 +58,8 @@ class EffectTicket(Frozen):
         found = [value for name, value in headers.items() if name.lower() == EFFECT_HEADER]
         if not found:
             raise ProtocolError("field", f"no header {EFFECT_HEADER}: the call names no effect")
-        value = found[0].encode() if isinstance(found[0], str) else found[0]
+        text = found[0]
+        value = text.encode(errors="surrogatepass") if isinstance(text, str) else text
         if len(value) > TICKET_LIMIT_BYTES:
             raise ProtocolError("too_large", f"{EFFECT_HEADER} is over {TICKET_LIMIT_BYTES} bytes")
         try:

@@ -50,7 +50,8 @@ def remembered(agent_id: str, facts: Mapping[str, Any]) -> Remembered:
     done = [f for f in facts.values() if f.get("from_agent") == agent_id]
     if not done:
         return Remembered()
-    named = [fact for fact in done if fact.get("run_id")]
+    # An effect of the whole thread stands under the thread's id.
+    named = [f for f in done if f.get("run_id") and f["run_id"] != f.get("thread_id")]
     newest = max(named, key=_when, default=None)
     run_id = None if newest is None else str(newest["run_id"])
     of_it = [fact for fact in done if fact.get("run_id") == run_id]

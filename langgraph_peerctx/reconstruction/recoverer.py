@@ -25,11 +25,13 @@ from langgraph_peerctx.durability.admission import (
     context_of,
     fenced,
     input_of,
+    is_redacted,
     stopping_as,
 )
 from langgraph_peerctx.durability.fenced_checkpointer import FencedCheckpointer
 from langgraph_peerctx.durability.isolation import in_empty_context
 from langgraph_peerctx.durability.ownership import AgentFence, Held, Ownership
+from langgraph_peerctx.durability.recording import recorded, recorder_of
 from langgraph_peerctx.durability.workflow import Workflow, checkpointer_of, compiled
 from langgraph_peerctx.errors import (
     BrokerUnavailableError,
@@ -121,6 +123,7 @@ class Recoverer:
         source: Another runtime than the process's own, for asking the peers.
         open_store: Another event store than the settings'.
         order: What the recovery graph is asked beside agent and thread; see `RecoveryInput`.
+        initial_state: What to begin with where a run's own input was redacted.
         answers: What a human says of effects in doubt, by their keys.
         on_step: Is told of each step when it has ended.
         on_answer: Is told of each peer's answer when it arrives.
@@ -134,6 +137,7 @@ class Recoverer:
         source: RuntimeSource | None = None,
         open_store: Callable[[], OwnEvents] | None = None,
         order: Mapping[str, Any] | None = None,
+        initial_state: Any = None,
         answers: Mapping[str, Any] | None = None,
         on_step: OnStep | None = None,
         on_answer: OnAnswer | None = None,
@@ -143,6 +147,7 @@ class Recoverer:
         self._source = source
         self._open_store = open_store
         self._order = dict(order or {})
+        self._initial_state = initial_state
         self._answers = dict(answers or {})
         self._on_step = on_step
         self._on_answer = on_answer
@@ -303,7 +308,11 @@ class Recoverer:
             admitted=Admitted(
                 run_id=run.run_id,
                 inputs=tuple(
-                    Given(value=input_of(workflow, run, number), checkpoint_id=given.checkpoint_id)
+                    Given(
+                        value=input_of(workflow, run, number),
+                        checkpoint_id=given.checkpoint_id,
+                        is_redacted=is_redacted(run, number),
+                    )
                     for number, given in enumerate(run.inputs)
                 ),
                 fork_of=fork_of if "checkpoint_id" in fork_of else None,
@@ -314,12 +323,13 @@ class Recoverer:
                 held=held,
                 calls=calls_of(self._runtime) if supervised.use_peer_context else None,
             ),
+            initial_state=self._initial_state,
             answers=self._answers,
             inference=supervised.inference,
             incident_id=recovery.incident.incident_id,
             channel=supervised.peer_context_channel,
             context=await _context(workflow, run, supervised.context_factory),
-            config=_merged(supervised.config, said),
+            config=recorded(_merged(supervised.config, said), recorder_of(run.agent_id)),
             use_peer_context=supervised.use_peer_context,
             limits=Limits(
                 expect=supervised.expect,

@@ -151,6 +151,7 @@ async def recover_and_resume_workflow_async(
                 source=source,
                 open_store=plan.open_store,
                 order=order,
+                initial_state=initial_state,
                 answers=answers,
                 on_step=on_step,
                 on_answer=on_answer,

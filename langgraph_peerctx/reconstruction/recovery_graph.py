@@ -645,7 +645,7 @@ class RecoverySteps:
         return of_admitted_run(place, admitted.run_id)
 
     def _initial_state(self, state: Mapping[str, Any]) -> Any:
-        if self.plan.admitted is not None:
+        if self.plan.admitted is not None and not self.plan.admitted.inputs[0].is_redacted:
             return self.plan.admitted.inputs[0].value
         given = state.get("initial_state")
         return self.plan.initial_state if given is None else given

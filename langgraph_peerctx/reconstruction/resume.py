@@ -46,6 +46,15 @@ _NEEDS_CONTEXT: Final = (
     "pass context=, equal to the one of the process that died"
 )
 
+_REDACTED: Final = (
+    "redacted_input: the run left no checkpoint, and its input was redacted before it was stored: "
+    "begin it anew with initial_state="
+)
+_REDACTED_ANSWER: Final = (
+    "redacted_answer: the answer was lost on its way, and it was redacted before it was stored: "
+    "give it again"
+)
+
 _LATER: Final = (
     "not_delivered: an earlier recovery's facts wait at this step, and newer ones would make the "
     "thread unreadable: they stay in this result"
@@ -58,10 +67,12 @@ class Given:
 
     Attributes:
         checkpoint_id: Where the thread stood then, if that was noted.
+        is_redacted: Whether the value is not what was given, but what may be stored of it.
     """
 
     value: Any
     checkpoint_id: str | None = None
+    is_redacted: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +157,7 @@ def decide(
     decision = (
         _by_status(view, has_initial_state=has_initial_state)
         if admitted is None
-        else _by_run(view, admitted)
+        else _by_run(view, admitted, has_initial_state=has_initial_state)
     )
     if decision.action != "stop" and workflow.context_schema is not None and not has_context:
         return Decision(
@@ -173,10 +184,15 @@ def _by_status(view: CheckpointView, *, has_initial_state: bool) -> Decision:
     )
 
 
-def _by_run(view: CheckpointView, admitted: Admitted) -> Decision:
+def _by_run(view: CheckpointView, admitted: Admitted, *, has_initial_state: bool) -> Decision:
     if not view.exists or view.run_id != admitted.run_id:
-        return Decision(action="restart")
+        if has_initial_state:
+            return Decision(action="restart")
+        return Decision(action="stop", status="nothing_to_recover", reasons=(_REDACTED,))
     if _is_untouched(view, admitted) and view.status != "interrupted_work":
+        if admitted.inputs[-1].is_redacted:
+            why = (_REDACTED_ANSWER, _waits_for(view))
+            return Decision(action="stop", status="waiting_for_human", reasons=why)
         return Decision(action="answer")
     return _by_status(view, has_initial_state=True)
 

@@ -12,7 +12,12 @@ import pytest
 from fakes import FakeBroker, FakeTransport
 
 from langgraph_peerctx.config import PeerContextSettings
-from langgraph_peerctx.errors import BrokerUnavailableError, ProtocolError, StoreError
+from langgraph_peerctx.errors import (
+    BrokerUnavailableError,
+    ProtocolError,
+    StaleOwnerError,
+    StoreError,
+)
 from langgraph_peerctx.messaging.agent_context_service import (
     WORKERS,
     AgentContextService,
@@ -33,6 +38,7 @@ from langgraph_peerctx.protocol.messages import (
     InDoubtKey,
     Interaction,
 )
+from langgraph_peerctx.protocol.tickets import EffectTicket
 
 REQUESTS, REPLIES = "agent.context.request", "agent.context.response.asker"
 SETTINGS = PeerContextSettings(process_id="process-1", mock_mode="always")
@@ -286,6 +292,149 @@ async def test_in_doubt_keys_of_this_agent_are_always_answered(
         ("order-2", "cannot_tell"),
         ("order-3", "cannot_tell"),
     }
+
+
+# What is said of effects in doubt; `settle_key` itself is tested with the store.
+
+
+def in_doubt(*keys: str, peer: str = "inventory", **changes: Any) -> dict[str, Any]:
+    """Return what makes a request ask, as the new owner of the thread, about keys."""
+    fields = {"peer_id": peer, "epoch": 1, "intent_at": datetime.now(UTC)} | changes
+    return {"epoch": 2, "in_doubt": tuple(InDoubtKey(effect_key=k, **fields) for k in keys)}
+
+
+def arrived(store: EventStore, key: str, reply: Any, agent: str = "inventory") -> None:
+    names = {"sender_id": "product", "thread_id": "t", "run_id": "r"}
+    ticket = EffectTicket(effect_key=key, name="reserve", epoch=1, **names)
+    store.begin_receipt(agent, ticket)
+    store.finish_receipt(agent, ticket, reply)
+
+
+def told_of(handler: ContextRequestHandler, **asked: Any) -> list[tuple[str, str, Any]]:
+    _, settled = handler.answer(request(**asked))
+    assert all(answer.agent_id == handler.agent_id for answer in settled)
+    return [(answer.effect_key, answer.verdict, answer.reply) for answer in settled]
+
+
+async def test_an_agent_with_a_receiver_tells_what_arrived_and_what_never_will(
+    broker: FakeBroker, responder: ContextResponder, store: EventStore
+) -> None:
+    store.declare_receiver("inventory")
+    arrived(store, "came", {"reserved": 10})
+    async with AgentContextService("inventory", responder=responder, store=store):
+        ask(broker, **in_doubt("came", "lost"))
+        (answer,) = await answers(broker)
+    assert [(a.effect_key, a.verdict, a.reply) for a in answer.in_doubt] == [
+        ("came", "seen", {"reserved": 10}),
+        ("lost", "not_seen", None),
+    ]
+    with pytest.raises(StaleOwnerError):
+        arrived(store, "lost", None)
+
+
+def test_the_askers_epoch_the_intents_time_and_the_thread_decide(store: EventStore) -> None:
+    since = store.declare_receiver("inventory")
+    handler = ContextRequestHandler("inventory", store=store)
+    arrived(store, "came", "reply")
+    early = in_doubt("early", intent_at=since - timedelta(microseconds=1))
+    assert told_of(handler, **early) == [("early", "cannot_tell", None)]
+    assert told_of(handler, **(in_doubt("k") | {"epoch": 0})) == [("k", "cannot_tell", None)]
+    for change, verdict in (
+        ({"thread_id": "another"}, "cannot_tell"),
+        ({"failed_agent_id": "another"}, "not_seen"),  # that one never sent it
+    ):
+        told = told_of(handler, **in_doubt("came"), **change)
+        assert told == [("came", verdict, None)]
+    assert told_of(handler, **in_doubt("came", peer="shipping")) == []
+    assert told_of(handler, **in_doubt("came")) == [("came", "seen", "reply")]
+    assert told_of(handler, **in_doubt("k")) == [("k", "not_seen", None)]
+
+
+def test_an_agent_without_a_receiver_tells_what_it_recorded_and_denies_nothing(
+    store: EventStore,
+) -> None:
+    store.declare_receiver("shipping")
+    remember(store, "inventory", effect_key="came")
+    handler = ContextRequestHandler("inventory", store=store)
+    assert told_of(handler, **in_doubt("came", "lost")) == [
+        ("came", "seen", None),
+        ("lost", "cannot_tell", None),
+    ]
+
+
+def test_a_reply_is_redacted_before_it_is_told(store: EventStore) -> None:
+    arrived(store, "object", {"card": "4111", "reserved": 10})
+    arrived(store, "list", ["ham"])
+
+    def redact(payload: Any) -> Any:
+        return {name: value for name, value in payload.items() if name != "card"}
+
+    handler = ContextRequestHandler("inventory", store=store, redact=redact)
+    assert told_of(handler, **in_doubt("object", "list")) == [
+        ("object", "seen", {"reserved": 10}),
+        ("list", "seen", ["ham"]),
+    ]
+
+    def breaks(payload: Any) -> Any:
+        return payload["no such"] if "card" in payload else payload
+
+    handler = ContextRequestHandler("inventory", store=store, redact=breaks)
+    answer, settled = handler.answer(request(**in_doubt("object")))
+    assert (answer.status, settled) == ("declined", ())
+
+
+def test_who_declines_settles_nothing_and_bars_nothing(store: EventStore) -> None:
+    store.declare_receiver("inventory")
+    handler = ContextRequestHandler("inventory", store=store, may_answer=lambda _request: False)
+    assert told_of(handler, **in_doubt("k")) == []
+    arrived(store, "k", "reply")
+
+
+def test_a_store_that_fails_while_it_settles_costs_one_wait_and_not_the_answer(
+    tmp_path: Path,
+) -> None:
+    with EventStore(f"sqlite:///{tmp_path}/busy.db", timeout_seconds=0.3) as store:
+        store.declare_receiver("inventory")
+        remember(store, "inventory")
+        arrived(store, "came", "reply")
+        handler = ContextRequestHandler("inventory", store=store)
+        with store._engine.connect() as connection:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            before = time.monotonic()
+            asked = in_doubt(*(f"k{number}" for number in range(30)), "came")
+            answer, settled = handler.answer(request(**asked))
+            connection.exec_driver_sql("ROLLBACK")
+        assert time.monotonic() - before < 2
+        assert answer.status == "context"
+        assert [a.verdict for a in settled] == ["cannot_tell"] * 31
+
+
+def test_replies_that_would_not_fit_into_an_answer_are_not_told(store: EventStore) -> None:
+    store.declare_receiver("inventory")
+    for number in range(4):
+        arrived(store, f"k{number}", "x" * 50_000)
+    arrived(store, "small", "reply")
+    handler = ContextRequestHandler("inventory", store=store)
+    told = told_of(handler, **in_doubt("k0", "k1", "k2", "k3", "small", "lost"))
+    assert [verdict for _, verdict, _ in told] == [
+        "seen", "seen", "cannot_tell", "cannot_tell", "seen", "not_seen",
+    ]  # fmt: skip
+    answer, settled = handler.answer(request(**in_doubt("k0", "k1", "k2", "k3")))
+    whole = ContextResponse(**(RESPONSE | {"agents": (answer,), "in_doubt": settled}))
+    cut = decode(encode_to_fit(whole, 262_144))
+    assert isinstance(cut, ContextResponse)
+    assert cut.in_doubt == settled
+
+
+def test_without_keys_in_doubt_nothing_is_settled(tmp_path: Path) -> None:
+    class Unasked(EventStore):
+        def settle_key(self, *_names: Any, **_more: Any) -> Any:
+            pytest.fail("the database was asked")
+
+    with Unasked(f"sqlite:///{tmp_path}/unasked.db") as store:
+        handler = ContextRequestHandler("inventory", store=store)
+        assert told_of(handler) == []
+        assert told_of(handler, **in_doubt("k", peer="shipping")) == []
 
 
 async def test_a_store_that_fails_makes_the_answer_busy_with_a_reason(
