@@ -229,11 +229,18 @@ def list_(
 
 
 @incidents.command()
-def show(incident_id: IncidentId, *, as_json: AsJson = False) -> None:
-    """Show one incident: its times, attempts, steps, result, and what it asks."""
+def show(
+    incident_id: IncidentId,
+    *,
+    all_facts: Annotated[
+        bool, typer.Option("--all", help="Name each restored fact and its source.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show one incident: its times, who answered, effects, steps, result, and what it asks."""
     from langgraph_peerctx.commands.incidents import show_incident
 
-    show_incident(incident_id, as_json=as_json)
+    show_incident(incident_id, as_json=as_json, all_facts=all_facts)
 
 
 @incidents.command()

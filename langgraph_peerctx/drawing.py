@@ -33,11 +33,24 @@ class Drawing:
         return self.html
 
 
-def text(value: object, limit: int = MAX_TEXT) -> str:
-    """Return any value as text that is safe in HTML."""
+def printable(value: object, limit: int = MAX_TEXT) -> str:
+    """Return any value as text that does nothing to a terminal; what is too long is cut."""
     plain = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     cut = plain if len(plain) <= limit else plain[:limit] + "…"
-    return escape("".join(c if c.isprintable() else _REPLACEMENT for c in cut))
+    return "".join(c if c.isprintable() else _REPLACEMENT for c in cut)
+
+
+def text(value: object, limit: int = MAX_TEXT) -> str:
+    """Return any value as text that is safe in HTML."""
+    return escape(printable(value, limit))
+
+
+def rows_html(
+    title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], *, limit: int = MAX_TEXT
+) -> str:
+    """Draw a table of any texts; `limit` is a cell's, in characters."""
+    cells = [[text(cell, limit) for cell in row] for row in rows]
+    return _block(text(title), _table([text(header) for header in headers], cells))
 
 
 def peer_context_html(
@@ -127,6 +140,7 @@ def _incident(record: Mapping[str, Any]) -> str:
         f"{_strong(record['agent_id'])} in {_strong(record['thread_id'])}: "
         f"{_strong(record['status'])} after {record['elapsed_seconds']:.3f} s "
         f"<span style='color:{MUTED}'>({text(record['incident_id'])})</span>",
+        _moments(record.get("times") or {}),
         _timeline(record["started_at"], record["steps"]),
         " ".join(["restored:", *restored, *trouble]) if restored or trouble else "",
         coverage_html(record["coverage"]) if record["coverage"] else "",
@@ -134,10 +148,11 @@ def _incident(record: Mapping[str, Any]) -> str:
 
 
 def draw_incident(record: Mapping[str, Any]) -> Drawing:
-    """Draw the record of a recovery: when each step was taken, and how long it took.
+    """Draw the record of a recovery: from the last heartbeat to its end, and each step of it.
 
     Args:
-        record: An `IncidentRecord`, as `RecoveryResult` has it under `incident`.
+        record: An `IncidentRecord`, as `RecoveryResult` has it under `incident`, and an `Incident`
+            under `report`. What it does not say, as older ones, is left out.
     """
     return Drawing(_incident(record))
 
@@ -192,31 +207,135 @@ def draw_states(states: Mapping[str, Mapping[str, Any]]) -> Drawing:
     return Drawing(_block("", _table(["", *map(text, states), "equal"], rows)))
 
 
-def _timeline(began: str, steps: Sequence[Mapping[str, Any]]) -> str:
-    """A bar a step on a common axis, in SVG."""
-    zero = datetime.fromisoformat(began)
-    spans = []
-    for step in steps:
-        start = (datetime.fromisoformat(step["started_at"]) - zero).total_seconds()
-        spans.append((step, max(0.0, start), max(0.0, step["elapsed_seconds"])))
-    whole = max((start + took for _, start, took in spans), default=0.0) or 1.0
-    left, width, height = 150, 420, 20
-    bars = []
-    for row, (step, start, took) in enumerate(spans):
-        x, y = left + width * start / whole, row * height
-        colour = GOOD if step["outcome"] == "done" else BAD
-        bars.append(
-            f"<text x='0' y='{y + 14}' fill='currentColor'>{text(step['step'], 24)}</text>"
-            f"<rect x='{x:.1f}' y='{y + 4}' width='{max(2.0, width * took / whole):.1f}' "
-            f"height='12' rx='2' fill='{colour}'><title>{text(step['detail'], 400)}</title></rect>"
-            f"<text x='{left + width + 8}' y='{y + 14}' fill='{MUTED}'>{took * 1_000:.1f} ms</text>"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Bar:
+    """One row of a chart; `start` and `took` in seconds, `marks` on the same axis."""
+
+    label: str
+    start: float
+    took: float
+    colour: str
+    said: object
+    marks: Sequence[tuple[float, str]] = ()
+
+
+_LEFT, _WIDTH, _RIGHT, _HEIGHT = 150, 420, 80, 20
+
+
+def _chart(label: str, bars: Sequence[_Bar]) -> str:
+    """A bar a row on a common axis, in SVG."""
+    whole = max((bar.start + bar.took for bar in bars), default=0.0) or 1.0
+
+    def at(seconds: float) -> float:
+        return _LEFT + _WIDTH * min(1.0, seconds / whole)
+
+    drawn = []
+    for row, bar in enumerate(bars):
+        y = row * _HEIGHT
+        drawn.append(
+            f"<text x='0' y='{y + 14}' fill='currentColor'>{text(bar.label, 24)}</text>"
+            f"<rect x='{at(bar.start):.1f}' y='{y + 4}' "
+            f"width='{max(2.0, _WIDTH * bar.took / whole):.1f}' "
+            f"height='12' rx='2' fill='{bar.colour}'><title>{text(bar.said, 400)}</title></rect>"
         )
-    size = f"width='{left + width + 80}' height='{height * len(spans)}'"
-    box = f"viewBox='0 0 {left + width + 80} {height * len(spans)}'"
+        drawn += [
+            f"<rect x='{at(seconds) - 1:.1f}' y='{y + 1}' width='2' height='18' "
+            f"fill='currentColor'><title>{text(said, 400)}</title></rect>"
+            for seconds, said in bar.marks
+        ]
+        drawn.append(
+            f"<text x='{_LEFT + _WIDTH + 8}' y='{y + 14}' fill='{MUTED}'>{_took(bar.took)}</text>"
+        )
+    across, down = _LEFT + _WIDTH + _RIGHT, _HEIGHT * len(bars)
     return (
-        f"<svg xmlns='http://www.w3.org/2000/svg' role='img' aria-label='steps of the recovery' "
-        f"{box} {size} font-family='sans-serif' font-size='12'>{''.join(bars)}</svg>"
+        f"<svg xmlns='http://www.w3.org/2000/svg' role='img' aria-label='{text(label)}' "
+        f"viewBox='0 0 {across} {down}' width='{across}' height='{down}' "
+        f"font-family='sans-serif' font-size='12'>{''.join(drawn)}</svg>"
     )
+
+
+def _timeline(began: str, steps: Sequence[Mapping[str, Any]]) -> str:
+    """A bar a step."""
+    bars = [
+        _Bar(
+            label=step["step"],
+            start=_seconds(began, step["started_at"]),
+            took=max(0.0, step["elapsed_seconds"]),
+            colour=GOOD if step["outcome"] == "done" else BAD,
+            said=step["detail"],
+        )
+        for step in steps
+    ]
+    return _chart("steps of the recovery", bars)
+
+
+_MOMENTS = (
+    ("known", "known_at", WARN),
+    ("claimed", "claimed_at", MUTED),
+    ("asked", "requested_at", MUTED),
+    ("answered", "", SOURCES["peer"]),
+    ("reconstructed", "reconstructed_at", SOURCES["own"]),
+    ("resumed", "resumed_at", SOURCES["checkpoint"]),
+    ("first checkpoint", "first_checkpoint_at", GOOD),
+    ("ended", "ended_at", GOOD),
+)
+
+
+def _moments(times: Mapping[str, Any]) -> str:
+    """From the last heartbeat to the end: a bar up to each moment, a mark for each answer."""
+    answers = times.get("answers") or []
+    reached = [
+        (label, at, colour)
+        for label, key, colour in _MOMENTS
+        if (at := times.get(key) if key else answers[-1]["at"] if answers else None)
+    ]
+    zero = times.get("last_heartbeat_at") or (reached[0][1] if reached else None)
+    if zero is None:
+        return ""
+    bars, before = [], 0.0
+    for label, at, colour in reached:
+        start, before = before, max(before, _seconds(zero, at))
+        marks = [(_seconds(zero, one["at"]), _answer(one)) for one in answers]
+        bars.append(
+            _Bar(
+                label=label,
+                start=start,
+                took=before - start,
+                colour=colour,
+                said=at,
+                marks=marks if label == "answered" else (),
+            )
+        )
+    heard = (
+        [f"{_strong('last heartbeat')} {_moment(zero)}"] if times.get("last_heartbeat_at") else []
+    )
+    why = [f"noticed: {text(times['why'])}"] if times.get("why") else []
+    several = times.get("clocks") == "several"
+    return "".join(
+        [
+            _line(", ".join([*heard, *why])) if heard or why else "",
+            _chart("times of the incident", bars),
+            *(_line(text(_answer(one), 400), MUTED) for one in answers[:MAX_ROWS]),
+            _line("these are the clocks of several hosts", WARN) if several else "",
+        ]
+    )
+
+
+def _answer(one: Mapping[str, Any]) -> str:
+    agents = ", ".join(f"{agent}: {status}" for agent, status in one["agents"].items())
+    after = one.get("after_seconds")
+    took = "" if after is None else f" after {_took(after)}"
+    return f"{one['responder_id']} answered{took} ({agents})"
+
+
+def _seconds(zero: str, at: str) -> float:
+    """Return the seconds since a moment; none, where clocks say less than that."""
+    passed = datetime.fromisoformat(at) - datetime.fromisoformat(zero)
+    return max(0.0, passed.total_seconds())
+
+
+def _took(seconds: float) -> str:
+    return f"{seconds * 1_000:.1f} ms" if seconds < 10 else f"{seconds:.2f} s"  # noqa: PLR2004 - people read 9999.9 ms and 10.00 s
 
 
 def _state(state: Any) -> str:

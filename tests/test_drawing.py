@@ -2,7 +2,7 @@
 
 import copy
 import re
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from xml.etree import ElementTree as ET
 
@@ -146,6 +146,82 @@ def test_an_incident_that_came_to_nothing_is_shown_too() -> None:
     assert shown(draw_incident(bare)).startswith("product-agent in launch-1 : resumed")
 
 
+def moment(seconds: float) -> str:
+    return (NOW + timedelta(seconds=seconds)).isoformat()
+
+
+TIMES: dict[str, Any] = {
+    "last_heartbeat_at": moment(-4),
+    "known_at": moment(-1),
+    "why": "silent",
+    "claimed_at": moment(0),
+    "requested_at": moment(0.1),
+    "answers": [
+        {
+            "responder_id": "host-a",
+            "agents": {"a": "context"},
+            "at": moment(0.2),
+            "after_seconds": 0.1,
+        },
+        {"responder_id": "host-b", "agents": {"b": "nothing"}, "at": moment(1)},
+    ],
+    "reconstructed_at": moment(2),
+    "resumed_at": moment(3),
+    "first_checkpoint_at": None,
+    "ended_at": moment(6),
+    "clocks": "one",
+}
+
+
+def test_an_incident_is_a_timeline_from_the_last_heartbeat_to_its_end() -> None:
+    picture = draw_incident({**INCIDENT, "times": TIMES})
+    seen = shown(picture)
+    assert "last heartbeat 12:30:11.000 , noticed: silent known" in seen
+    rows = re.findall(
+        r"(known|claimed|asked|answered|reconstructed|resumed|ended|first checkpoint)</text>"
+        r"<rect x='([\d.]+)' y='\d+' width='([\d.]+)'",
+        picture.html,
+    )
+    assert rows == [
+        ("known", "150.0", "126.0"),
+        ("claimed", "276.0", "42.0"),
+        ("asked", "318.0", "4.2"),
+        ("answered", "322.2", "37.8"),
+        ("reconstructed", "360.0", "42.0"),
+        ("resumed", "402.0", "42.0"),
+        ("ended", "444.0", "126.0"),
+    ]
+    marks = re.findall(r"<rect x='([\d.]+)' y='\d+' width='2'[^>]*><title>([^<]*)", picture.html)
+    assert marks == [
+        ("325.4", "host-a answered after 100.0 ms (a: context)"),
+        ("359.0", "host-b answered (b: nothing)"),
+    ]
+    assert "host-a answered after 100.0 ms (a: context) host-b answered (b: nothing)" in seen
+    assert "clocks" not in seen
+
+
+def test_clocks_that_disagree_draw_nothing_backwards_and_are_said_to_be_several() -> None:
+    early = {**TIMES["answers"][0], "at": moment(-9)}
+    times = {
+        **TIMES,
+        "known_at": moment(-9),
+        "answers": [early, *TIMES["answers"]],
+        "resumed_at": moment(1.5),
+        "clocks": "several",
+    }
+    steps = [{**INCIDENT["steps"][0], "started_at": moment(-9)}, *INCIDENT["steps"]]
+    picture = draw_incident({**INCIDENT, "steps": steps, "times": times})
+    assert not re.search(r">-\d", picture.html)
+    assert "these are the clocks of several hosts" in shown(picture)
+    places = re.findall(r"<rect x='([\d.-]+)' y='\d+' width='([\d.-]+)'", picture.html)
+    assert all(float(x) >= 149 and float(width) >= 2 for x, width in places)
+
+
+@pytest.mark.parametrize("times", [None, {}, dict.fromkeys(TIMES), {"answers": []}])
+def test_an_incident_whose_times_are_not_known_is_its_steps(times: Any) -> None:
+    assert draw_incident({**INCIDENT, "times": times}).html == draw_incident(INCIDENT).html
+
+
 @pytest.mark.parametrize(
     ("status", "recovered", "colour"),
     [
@@ -195,6 +271,9 @@ def test_foreign_text_is_harmless_wherever_it_stands_in_a_result() -> None:
 
     result = poisoned(copy.deepcopy(RESULT))
     assert shown(draw_recovery(result)).count("<script>") >= 5
+    answer = {**TIMES["answers"][0], "responder_id": HOSTILE, "agents": {HOSTILE: HOSTILE}}
+    times = {**TIMES, "why": HOSTILE, "answers": [answer]}
+    assert shown(draw_incident({**INCIDENT, "times": times})).count("<script>") >= 5
 
 
 @given(st.text(), st.integers(1, 50))
@@ -220,7 +299,8 @@ def test_every_colour_is_read_on_a_light_and_on_a_dark_page(page: str) -> None:
     for colour in (drawing.GOOD, drawing.WARN, drawing.BAD, drawing.MUTED):
         lighter, darker = sorted((luminance(colour), luminance(page)), reverse=True)
         assert (lighter + 0.05) / (darker + 0.05) >= 4, colour
-    for html in (draw_recovery(RESULT).html, context()._repr_html_()):
+    timed = draw_incident({**INCIDENT, "times": {**TIMES, "clocks": "several"}})
+    for html in (draw_recovery(RESULT).html, timed.html, context()._repr_html_()):
         used = set(re.findall(r"(?:fill|color)[:=]'?(#\w+|\w+)", html))
         known = {drawing.GOOD, drawing.WARN, drawing.BAD, drawing.MUTED, *drawing.SOURCES.values()}
         assert used <= known | {"inherit", "currentColor"}

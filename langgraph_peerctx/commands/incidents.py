@@ -9,6 +9,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from langgraph_peerctx.commands.control import control_database
+from langgraph_peerctx.commands.incident_report import report_parts
 from langgraph_peerctx.commands.printing import (
     cut,
     folded,
@@ -50,8 +51,8 @@ def list_incidents(status: IncidentStatus | None, limit: int, *, as_json: bool) 
         print_line(f"\n{UNKNOWN_WORKFLOW}: {_UNSUPERVISED}")
 
 
-def show_incident(incident_id: str, *, as_json: bool) -> None:
-    """Print all that is known of one incident.
+def show_incident(incident_id: str, *, as_json: bool, all_facts: bool = False) -> None:
+    """Print what is known of one incident; with `all_facts`, each restored fact.
 
     Raises:
         ConfigurationError: If there is none of this id, or more than one begins so.
@@ -61,7 +62,7 @@ def show_incident(incident_id: str, *, as_json: bool) -> None:
     if as_json:
         print_json(asdict(incident))
     else:
-        _show(incident)
+        _show(incident, all_facts=all_facts)
 
 
 def redrive_incident(incident_id: str, *, as_json: bool) -> None:
@@ -137,7 +138,7 @@ def _outcome(incident: Incident) -> str:
     return next((one[:120] for one in reasons if one.startswith(f"{status}:")), status)
 
 
-def _show(incident: Incident) -> None:
+def _show(incident: Incident, *, all_facts: bool) -> None:
     table = lean_table(whole("incident"), folded(incident.incident_id))
     for name, value in _rows(incident):
         if value:
@@ -145,6 +146,9 @@ def _show(incident: Incident) -> None:
     console = Console()
     console.print(table)
     report: dict[str, Any] = incident.report or {}
+    for part in report_parts(report, all_facts=all_facts):
+        console.print()
+        console.print(part)
     steps = report.get("steps") or []
     if steps:
         console.print()

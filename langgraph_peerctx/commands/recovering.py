@@ -24,6 +24,7 @@ _CODES = {
     "recovered_elsewhere": 0,
     "nothing_to_recover": 0,
     "waiting_for_human": WAITS_FOR_A_HUMAN,
+    "in_doubt": WAITS_FOR_A_HUMAN,
     "unreachable": NOT_OURS_NOW,
     "recovering_elsewhere": NOT_OURS_NOW,
 }

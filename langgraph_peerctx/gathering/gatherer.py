@@ -10,6 +10,7 @@ from typing import Any, NotRequired, TypedDict, TypeGuard
 
 from pydantic import ValidationError
 
+from langgraph_peerctx import tracing
 from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.errors import (
     BrokerUnavailableError,
@@ -18,7 +19,7 @@ from langgraph_peerctx.errors import (
     TooFewResponsesError,
 )
 from langgraph_peerctx.gathering.merge import Merged, merge
-from langgraph_peerctx.gathering.peer_context import Coverage, PeerContext
+from langgraph_peerctx.gathering.peer_context import Answered, Coverage, PeerContext
 from langgraph_peerctx.identifiers import new_id
 from langgraph_peerctx.messaging.producer import as_protocol_error, publish
 from langgraph_peerctx.messaging.reply_inbox import ReplyInbox, Slot
@@ -117,12 +118,19 @@ class Gatherer:
         except ValidationError as error:
             raise as_protocol_error(error) from None
 
-    async def send(self, request: ContextRequest, addressees: Collection[str] = ()) -> None:
+    async def send(
+        self,
+        request: ContextRequest,
+        addressees: Collection[str] = (),
+        *,
+        traceparent: str | None = None,
+    ) -> None:
         """Broadcast the question; each sending has a message id of its own.
 
         Args:
             request: The question.
             addressees: The agents or processes that are to answer; everybody, if none is named.
+            traceparent: The span that asks; by default the current one.
 
         Raises:
             BrokerUnavailableError: If it could not be sent; in mock mode too.
@@ -139,6 +147,7 @@ class Gatherer:
             self._settings.kafka.context_request_topic,
             sending,
             max_bytes=self._settings.max_message_bytes,
+            traceparent=traceparent or tracing.current_traceparent(),
         )
         if receipt.delivery == "mock":
             raise NothingSentError("; ".join(self._transport.degraded))
@@ -189,13 +198,15 @@ class Gatherer:
             return switched_off(request.failed_agent_id, request.thread_id)
         names = expect or self.there(request.failed_agent_id)
         wanted = Wanted(names, min_responses, enough, on_answer)
-        with self.open(request) as slot:
+        traced = tracing.span("peerctx.gather", kind="client", **traits_of(request))
+        with self.open(request) as slot, traced as span:
             return await self.collect(
                 request,
                 slot,
                 wanted,
                 ask=partial(self._send_and_tell, request, on_sent),
                 timeout_seconds=timeout_seconds,
+                span=span,
             )
 
     def open(
@@ -223,6 +234,7 @@ class Gatherer:
         ask: Callable[[], Coroutine[Any, Any, None]],
         timeout_seconds: float | None = None,
         inbox: ReplyInbox | None = None,
+        span: tracing.Span = tracing.NO_SPAN,
     ) -> PeerContext:
         """Wait for the answers to a question; see `gather`.
 
@@ -233,6 +245,7 @@ class Gatherer:
             ask: What asks; it is called at once, whatever is there already.
             timeout_seconds: The window, in seconds; by default the settings'.
             inbox: The slot's; by default the process's own.
+            span: The gather's.
         """
         window = self._settings.timeout_seconds if timeout_seconds is None else timeout_seconds
         if not wanted.expected and self._is_alone(request.failed_agent_id):
@@ -251,6 +264,7 @@ class Gatherer:
             self._running.discard(wanted)
             watching.cancel()
             await asyncio.wait({watching})
+            _trace(span, wanted, slot)
         if wanted.fault is not None:
             raise wanted.fault
         if self._settings.mock_mode == "never" and _certain(trouble):
@@ -259,7 +273,9 @@ class Gatherer:
         if needed is not None and len(slot.responders) < needed:
             raise TooFewResponsesError(len(slot.responders), needed)
         silenced = self._silenced(trouble, (inbox or self._inbox).lost)
-        return _report(request, wanted, slot, silenced, loop.time() - started)
+        context = _report(request, wanted, slot, silenced, loop.time() - started)
+        span.set(complete=context.coverage.complete, facts=len(context.facts))
+        return context
 
     def there(self, failed_agent_id: str) -> list[str]:
         """Return the lives of processes that can answer, as names to expect.
@@ -386,6 +402,34 @@ class Wanted:
         )
 
 
+def traits_of(request: ContextRequest) -> dict[str, Any]:
+    """Return what a span says of a question."""
+    return {
+        "agent_id": request.failed_agent_id,
+        "thread_id": request.thread_id,
+        "run_id": request.run_id,
+        "correlation_id": request.correlation_id,
+    }
+
+
+def _trace(span: tracing.Span, wanted: Wanted, slot: Slot) -> None:
+    """Say who was asked and how many answered, and link the answers' spans."""
+    span.set(expected=len(wanted.expected), answers=len(slot.responses))
+    for traceparent in slot.traceparents:
+        span.link(traceparent)
+
+
+def _answers(slot: Slot) -> tuple[Answered, ...]:
+    return tuple(
+        Answered(
+            responder_id=response.responder_id,
+            agents={answer.agent_id: answer.status for answer in response.agents},
+            at=slot.came_at[responder],
+        )
+        for responder, response in slot.responses.items()
+    )
+
+
 def _report(
     request: ContextRequest,
     wanted: Wanted,
@@ -409,6 +453,7 @@ def _report(
         coverage=coverage,
         degraded=(*silenced, *_shortcomings(coverage, slot, merged)),
         elapsed_seconds=elapsed_seconds,
+        answers=_answers(slot),
     )
 
 

@@ -18,9 +18,16 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
+from langgraph_peerctx import tracing
 from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.errors import BrokerUnavailableError, SendOutcomeUnknownError
-from langgraph_peerctx.gathering.gatherer import Gatherer, NothingSentError, Wanted, switched_off
+from langgraph_peerctx.gathering.gatherer import (
+    Gatherer,
+    NothingSentError,
+    Wanted,
+    switched_off,
+    traits_of,
+)
 from langgraph_peerctx.gathering.peer_context import PeerContext
 from langgraph_peerctx.identifiers import is_legal_id
 from langgraph_peerctx.messaging.reply_inbox import ReplyInbox, Slot
@@ -56,6 +63,7 @@ class _Open:
         inbox: Where its answers come.
         asked_at: When this process asked, by the loop's clock; None if it did not.
         there: Who was there when it asked, if that was known.
+        span: Open from the asking to the end; None before.
     """
 
     slot: Slot
@@ -63,6 +71,7 @@ class _Open:
     stack: AsyncExitStack
     asked_at: float | None = None
     there: Collection[str] = ()
+    span: tracing.Span | None = None
 
 
 class GatherSteps:
@@ -127,6 +136,7 @@ class GatherSteps:
         if not self._settings.enabled:
             return Asked(at=at)
         gather = await self._gather(request, since)
+        _begin_span(gather, request)
         gather.asked_at = asyncio.get_running_loop().time()
         gather.there = () if expect else self._gatherer.there(request.failed_agent_id)
         try:
@@ -170,6 +180,7 @@ class GatherSteps:
         if not self._settings.enabled:
             return switched_off(request.failed_agent_id, request.thread_id)
         gather = await self._gather(request, since)
+        span = _begin_span(gather, request)
         if not wanted.expected:
             asked_here = gather.asked_at is not None
             wanted.expect_instead(
@@ -190,6 +201,7 @@ class GatherSteps:
                 ask=partial(self._again, request, gather, asked, wanted.expected),
                 timeout_seconds=max(0.0, window),
                 inbox=gather.inbox,
+                span=span,
             )
         finally:
             await gather.stack.aclose()
@@ -220,7 +232,11 @@ class GatherSteps:
         if expect and not known.missing:
             return
         await gather.inbox.positioned()  # else a fast peer's answer is lost, and nothing says so
-        await self._gatherer.send(request, _addressees(known.missing if known.responses else ()))
+        await self._gatherer.send(
+            request,
+            _addressees(known.missing if known.responses else ()),
+            traceparent=None if gather.span is None else gather.span.traceparent,
+        )
 
     async def _gather(self, request: ContextRequest, since: Offsets) -> _Open:
         """Return the gather as it is open here, or read it from the topic."""
@@ -271,6 +287,14 @@ class GatherSteps:
                     await asyncio.sleep(0.01)
         except TimeoutError:
             _logger.warning("the answers that had arrived could not all be read: %s", inbox.lost)
+
+
+def _begin_span(gather: _Open, request: ContextRequest) -> tracing.Span:
+    """Return the gather's span; it is open until the gather is forgotten."""
+    if gather.span is None:
+        opened = tracing.open_span("peerctx.gather", kind="client", **traits_of(request))
+        gather.span = gather.stack.enter_context(opened)
+    return gather.span
 
 
 async def _nothing_but(asked: Asked) -> None:

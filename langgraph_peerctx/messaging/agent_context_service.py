@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 from weakref import WeakKeyDictionary
 
+from langgraph_peerctx import tracing
 from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.errors import (
     BrokerUnavailableError,
@@ -52,6 +53,10 @@ BURST = 200.0
 MAX_REQUESTERS = 256
 
 
+_Queued = tuple[ContextRequest, float, str | None]
+"""A request, when it expires, and the trace context that it carried."""
+
+
 class ContextResponder:
     """One process's answers to context requests, for all agents that it hosts.
 
@@ -82,7 +87,7 @@ class ContextResponder:
         self._transport: Transport | None = None
         self._subscription: Subscription | None = None
         self._hosted: list[ContextRequestHandler] = []
-        self._requests: asyncio.Queue[tuple[ContextRequest, float]] = asyncio.Queue(QUEUED_REQUESTS)
+        self._requests: asyncio.Queue[_Queued] = asyncio.Queue(QUEUED_REQUESTS)
         self._seen: OrderedDict[str, None] = OrderedDict()
         self._buckets = _Buckets()
         self._stack = AsyncExitStack()
@@ -225,7 +230,7 @@ class ContextResponder:
         elif self._requests.full():
             self.counters["overrun"] += 1
         else:
-            self._requests.put_nowait((request, expires_at))
+            self._requests.put_nowait((request, expires_at, record.header("traceparent")))
 
     def _is_meant(self, addressees: tuple[str, ...]) -> bool:
         return not self._handlers.keys().isdisjoint(addressees) or (
@@ -253,14 +258,22 @@ class ContextResponder:
 
     async def _work(self) -> None:
         while True:
-            request, expires_at = await self._requests.get()
+            request, expires_at, traceparent = await self._requests.get()
             try:
-                await self._answer(request, expires_at)
+                with tracing.span("peerctx.answer", parent=traceparent, kind="server") as span:
+                    await self._answer(request, expires_at, span)
             except Exception:  # a service loop logs and goes on to the next record
                 self.counters["failed"] += 1
                 _logger.exception("a request could not be answered")
 
-    async def _answer(self, request: ContextRequest, expires_at: float) -> None:
+    async def _answer(self, request: ContextRequest, expires_at: float, span: tracing.Span) -> None:
+        span.set(
+            agent_id=request.failed_agent_id,
+            thread_id=request.thread_id,
+            run_id=request.run_id,
+            correlation_id=request.correlation_id,
+            responder_id=self.settings.process_id,
+        )
         if expires_at < _now():
             self.counters["expired"] += 1
             return
@@ -276,11 +289,14 @@ class ContextResponder:
         handlers = [h for a, h in self._handlers.items() if a != request.failed_agent_id]
         answers = await self._ask(handlers, request)
         response = self._response(request, answers)
+        told = sum(len(answer.interactions) for answer, _ in answers)
+        span.set(agents=len(answers), interactions=told, in_doubt=len(response.in_doubt))
         data = encode_to_fit(response, self.settings.max_message_bytes)
         if self._transport is None:
             return
+        headers = headers_of(response, traceparent=span.traceparent)
         try:
-            delivery = await self._transport.send(topic, data, headers=headers_of(response))
+            delivery = await self._transport.send(topic, data, headers=headers)
         except UnknownTopicError:
             self.counters["unknown_topic"] += 1
         except BrokerUnavailableError as error:

@@ -43,7 +43,7 @@ class Receipt:
 
 
 def headers_of(message: Message, *, traceparent: str | None = None) -> Headers:
-    """Return type, correlation id, sender and trace context as Kafka headers."""
+    """Return type, correlation id, sender and W3C trace context as Kafka headers."""
     texts = {
         "message_type": message.message_type,
         "correlation_id": getattr(message, "correlation_id", None),

@@ -12,11 +12,13 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 from langgraph_peerctx.errors import ConfigurationError, ProtocolError
 from langgraph_peerctx.messaging.transport import From, Offsets, Record, Subscription, Transport
 from langgraph_peerctx.protocol.codec import decode
 from langgraph_peerctx.protocol.messages import ContextRequest, ContextResponse
+from langgraph_peerctx.tracing import valid_traceparent
 
 _logger = logging.getLogger(__name__)
 
@@ -37,6 +39,8 @@ class Slot:
         contradicted: Responders whose second answer was another one.
         dropped: Answers that were not taken because of a limit.
         rejected: Records under this correlation id that are no valid answer, by fault.
+        came_at: When each of `responses` was read, by our clock.
+        traceparents: The trace contexts that they carried, as they came.
     """
 
     request: ContextRequest
@@ -50,6 +54,8 @@ class Slot:
     contradicted: set[str] = field(default_factory=set)
     dropped: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
+    came_at: dict[tuple[str, str], datetime] = field(default_factory=dict)
+    traceparents: list[str] = field(default_factory=list)
 
 
 class ReplyInbox:
@@ -172,7 +178,7 @@ class ReplyInbox:
         if slot is None:
             self._count_orphan(response.correlation_id)
         else:
-            self._accept(slot, response, len(record.value or b""))
+            self._accept(slot, response, record)
 
     def _count_orphan(self, correlation_id: str) -> None:
         if correlation_id in self._ended:
@@ -192,9 +198,10 @@ class ReplyInbox:
             return
         response = self._decode(record, slot.rejected)
         if response is not None:
-            self._accept(slot, response, size)
+            self._accept(slot, response, record)
 
-    def _accept(self, slot: Slot, response: ContextResponse, size: int) -> None:
+    def _accept(self, slot: Slot, response: ContextResponse, record: Record) -> None:
+        size = len(record.value or b"")
         if fault := _misfit(slot.request, response):
             slot.rejected[fault] += 1
             return
@@ -210,6 +217,10 @@ class ReplyInbox:
             slot.dropped += 1
             return
         slot.responses[responder] = response
+        slot.came_at[responder] = datetime.now(UTC)
+        traceparent = valid_traceparent(record.header("traceparent"))
+        if traceparent is not None:
+            slot.traceparents.append(traceparent)
         slot.responders.add(response.responder_id)
         slot.size_bytes += size
         slot.on_response(response)

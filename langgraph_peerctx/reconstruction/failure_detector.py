@@ -12,7 +12,7 @@ import weakref
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Literal, Protocol, Self, TypeAlias, TypeVar
 
@@ -58,6 +58,8 @@ class AgentFailure:
         process_id: Whose it was; None if it was given back.
         incarnation: That life of the process.
         silent_seconds: Since its last heartbeat; None if none is known.
+        last_seen_at: When that came, by our clock; None if none is known.
+        known_at: When it was known: when the death notice came, or when it was noticed.
         by: What told: a sentinel's notice, heartbeats, or the rows alone.
     """
 
@@ -72,6 +74,8 @@ class AgentFailure:
     noticed_at: datetime
     silent_seconds: float | None
     by: By
+    last_seen_at: datetime | None = None
+    known_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -517,6 +521,9 @@ def _key(run: LostRun) -> _Key:
 
 
 def _failure(run: LostRun, member: Member | None, why: Why, now: float) -> AgentFailure:
+    noticed_at, silent_seconds = datetime.now(UTC), _silent_seconds(member, now)
+    died_at = None if member is None or why != "died" else member.died_at
+    known_seconds = 0.0 if died_at is None else max(0.0, now - died_at)
     return AgentFailure(
         agent_id=run.agent_id,
         thread_id=run.thread_id,
@@ -526,10 +533,16 @@ def _failure(run: LostRun, member: Member | None, why: Why, now: float) -> Agent
         process_id=run.owner_id,
         incarnation=run.owner_incarnation,
         why=why,
-        noticed_at=datetime.now(UTC),
-        silent_seconds=_silent_seconds(member, now),
+        noticed_at=noticed_at,
+        silent_seconds=silent_seconds,
         by=_by(why, member),
+        last_seen_at=None if silent_seconds is None else noticed_at - _seconds(silent_seconds),
+        known_at=noticed_at - _seconds(known_seconds),
     )
+
+
+def _seconds(count: float) -> timedelta:
+    return timedelta(seconds=count)
 
 
 def _by(why: Why, member: Member | None) -> By:

@@ -50,8 +50,17 @@ from langgraph_peerctx.persistence.runs import LostRun, Run
 from langgraph_peerctx.protocol.looking import plain
 from langgraph_peerctx.reconstruction.approval import Thresholds
 from langgraph_peerctx.reconstruction.gap_filling import Inference
-from langgraph_peerctx.reconstruction.incident import OnStep, StepRecord, tell, timed
+from langgraph_peerctx.reconstruction.incident import (
+    IncidentRecord,
+    OnStep,
+    StepRecord,
+    incident_record,
+    recovery_span,
+    tell,
+    timed,
+)
 from langgraph_peerctx.reconstruction.recovery_graph import RecoveryPlan, RecoverySteps
+from langgraph_peerctx.reconstruction.report import Noticed
 from langgraph_peerctx.reconstruction.result import RecoveryResult
 from langgraph_peerctx.reconstruction.resume import Admitted, Given
 from langgraph_peerctx.reconstruction.settling import OwnedThread
@@ -153,7 +162,12 @@ class Recoverer:
         self._on_answer = on_answer
 
     async def recover(
-        self, lost: LostRun, supervised: SupervisedWorkflow, *, died: bool = False
+        self,
+        lost: LostRun,
+        supervised: SupervisedWorkflow,
+        *,
+        died: bool = False,
+        noticed: Noticed | None = None,
     ) -> RecoveryResult | None:
         """Take a lost run over and bring it to its end.
 
@@ -161,6 +175,7 @@ class Recoverer:
             lost: The run.
             supervised: Its workflow.
             died: Whether its owner is known to be dead.
+            noticed: How and when that was noticed.
 
         Returns:
             How it ended; None if somebody else has it, or it is not the time.
@@ -169,7 +184,9 @@ class Recoverer:
             StoreError: If the control database failed before the claim.
         """
         ownership, asked_at = self._ownership, time.monotonic()
-        with timed("claim", agent_id=lost.agent_id, thread_id=lost.thread_id) as claim:
+        with timed(
+            "claim", is_traced=False, agent_id=lost.agent_id, thread_id=lost.thread_id
+        ) as claim:  # its span follows: it is the recovery's, if it is ours
             recovery = await self._begun(lost, died=died)
             claim.detail.update(epoch=None if recovery is None else recovery.lease.epoch)
         if recovery is None:
@@ -187,7 +204,11 @@ class Recoverer:
             held.key, asyncio.get_running_loop(), self._runtime.settings.stuck_seconds
         )
         try:
-            settlement, result = await self._attempt(recovery, supervised, held, claim.record)
+            with recovery_span(recovery, claim.record) as span:
+                settlement, result = await self._attempt(
+                    recovery, supervised, held, claim.record, noticed
+                )
+                span.set(status=result["status"], degraded=result["degraded"])
         except BaseException:
             await self._settle(recovery, _handed_over("the recoverer leaves"))
             raise
@@ -241,6 +262,7 @@ class Recoverer:
         supervised: SupervisedWorkflow,
         held: Held,
         claim: StepRecord | None,
+        noticed: Noticed | None,
     ) -> tuple[Settlement, RecoveryResult]:
         """Run the recovery graph, and say what is to be written down."""
         incident = recovery.incident
@@ -248,7 +270,8 @@ class Recoverer:
             if self._on_step is not None and claim is not None:
                 tell(self._on_step, claim)
             plan = await self._plan(recovery, supervised, held)
-            steps = RecoverySteps(replace(plan, before=() if claim is None else (claim,)))
+            before = () if claim is None else (claim,)
+            steps = RecoverySteps(replace(plan, before=before, noticed=noticed))
             state = await self._run(recovery, supervised, steps)
         except PeerContextError as error:
             _logger.warning("the recovery of %s failed: %s", incident.thread_id, error)
@@ -258,7 +281,8 @@ class Recoverer:
             return self._failed(recovery, error, None, is_outage=False)
         if state.get(INTERRUPT):
             question = plain(state[INTERRUPT][0].value)
-            return self._waiting(incident, question)
+            report = incident_record(state, "waiting_for_human", state.get("evidence"))
+            return self._waiting(incident, question, report)
         result: RecoveryResult = state["result"]
         settlement = _settlement(result)
         if result["status"] == "in_doubt":
@@ -270,18 +294,20 @@ class Recoverer:
         return settlement, {**result, "final_state": steps.final_state}
 
     def _waiting(
-        self, incident: Incident, question: Mapping[str, Any]
+        self, incident: Incident, question: Mapping[str, Any], report: IncidentRecord
     ) -> tuple[Settlement, RecoveryResult]:
         """Wait for a human; of effects in doubt the peer that knows is asked again meanwhile."""
         settlement = Settlement(
             status="waiting_for_human",
             end_kind="handed_over",
             question=question,
+            report=plain(report),
             counts=False,
             retry_seconds=_patience(incident) if "effects" in question else None,
         )
         reason = f"waiting_for_human: {incident.incident_id[:8]} asks: {question.get('question')}"
-        return settlement, result_without(incident, "waiting_for_human", reason[:400])
+        result = result_without(incident, "waiting_for_human", reason[:400])
+        return settlement, {**result, "incident": report}
 
     @staticmethod
     def _in_doubt(
@@ -370,6 +396,8 @@ class Recoverer:
         state = await self._invoked(app, given, place)
         if state.get(INTERRUPT) and answer is not None and given is order:
             state = await self._invoked(app, answer, place)  # it was given to an attempt before
+        if state.get(INTERRUPT):  # what it knows so far belongs to the question
+            return {**(await app.aget_state(place)).values, INTERRUPT: state[INTERRUPT]}
         return state
 
     async def _invoked(self, app: Any, given: Any, place: RunnableConfig) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.runnables import RunnableConfig
 from langgraph.types import Durability
 
+from langgraph_peerctx import tracing
 from langgraph_peerctx.asking import Calls, calls_of
 from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.durability.admission import fenced
@@ -164,10 +165,13 @@ async def recover_and_resume_workflow_async(
 async def _recovered(plan: RecoveryPlan, order: Mapping[str, Any]) -> RecoveryResult:
     """Run the recovery graph once, without a checkpointer."""
     steps = RecoverySteps(plan)
-    state = await in_empty_context(
-        steps.graph().compile(name="recovery").ainvoke(order), name=f"recover {order['thread_id']}"
-    )
-    result: RecoveryResult = state["result"]
+    agent_id, thread_id = order["failed_agent_id"], order["thread_id"]
+    with tracing.span("peerctx.recovery", agent_id=agent_id, thread_id=thread_id) as span:
+        state = await in_empty_context(
+            steps.graph().compile(name="recovery").ainvoke(order), name=f"recover {thread_id}"
+        )
+        result: RecoveryResult = state["result"]
+        span.set(status=result["status"], degraded=result["degraded"])
     return {**result, "final_state": steps.final_state}
 
 

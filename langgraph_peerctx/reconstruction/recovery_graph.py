@@ -52,6 +52,7 @@ from langgraph_peerctx.protocol.messages import InDoubtKey
 from langgraph_peerctx.reconstruction.approval import Thresholds, is_approved, what_to_approve
 from langgraph_peerctx.reconstruction.checkpoint import CheckpointView, load_checkpoint
 from langgraph_peerctx.reconstruction.evidence import Reconstruction, reconstruct, with_inferred
+from langgraph_peerctx.reconstruction.first_checkpoint import first_checkpoint_after
 from langgraph_peerctx.reconstruction.gap_filling import Inference, filled
 from langgraph_peerctx.reconstruction.incident import (
     OnStep,
@@ -61,6 +62,7 @@ from langgraph_peerctx.reconstruction.incident import (
     timed,
 )
 from langgraph_peerctx.reconstruction.lost_stores import LostStores, remembered
+from langgraph_peerctx.reconstruction.report import Noticed
 from langgraph_peerctx.reconstruction.resume import (
     Admitted,
     Decision,
@@ -145,6 +147,7 @@ class RecoveryState(RecoveryInput, QuestionState, RecoveryOutput, total=False):
     checkpoint: dict[str, Any] | None
     reaches_checkpoint: bool
     gathered: dict[str, Any] | None
+    noticed: dict[str, Any] | None
     evidence: dict[str, Any]
     approval: dict[str, Any]
     steps: list[dict[str, Any]]
@@ -159,6 +162,7 @@ class RecoveryPlan:
             `initial_state`.
         incident_id: The incident, where there is a row of it; by default a fresh one.
         before: Steps that were taken before the graph, the claim for instance.
+        noticed: How the failure was noticed, and when.
         thread: The thread, where it is ours: its effects are settled, and done, under our lease.
         lost: Begins a run anew of which no record is left; None if the caller owns nothing.
         answers: What a human says of effects in doubt, by their keys.
@@ -173,6 +177,7 @@ class RecoveryPlan:
     admitted: Admitted | None = None
     incident_id: str | None = None
     before: tuple[StepRecord, ...] = ()
+    noticed: Noticed | None = None
     thread: OwnedThread | None = None
     lost: LostStores | None = None
     answers: Mapping[str, Any] = field(default_factory=dict)
@@ -339,6 +344,7 @@ class RecoverySteps:
             "failed_agent_id": agent_id,
             "thread_id": thread_id,
             "steps": [],
+            "noticed": self.plan.noticed,
             "gathered": None,
             "result": None,
         }
@@ -522,6 +528,13 @@ class RecoverySteps:
         with self._step("verify", state) as verified:
             after = await self._head_if_it_can_be_read(state)
             verified.detail.update(after.as_json() if after else {})
+            first_at = await first_checkpoint_after(
+                plan.workflow,
+                self._place(state),
+                before.checkpoint_id,
+                timeout_seconds=plan.settings_now().database_timeout_seconds,
+            )
+        moments = {**state, "first_checkpoint_at": first_at}
         effects = await self._effects(state.get("run_id"))
         if effects:
             evidence = {**evidence, "effects": [effect_json(effect) for effect in effects]}
@@ -540,7 +553,7 @@ class RecoverySteps:
                 "degraded": bool(shortfalls),
                 "reasons": [*shortfalls, *ending.reasons],
                 "final_state": plain(ending.final_state),
-                "incident": incident_record({**state, "steps": steps}, ending.status, evidence),
+                "incident": incident_record({**moments, "steps": steps}, ending.status, evidence),
             },
         }
 

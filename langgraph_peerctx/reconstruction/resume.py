@@ -186,9 +186,9 @@ def _by_status(view: CheckpointView, *, has_initial_state: bool) -> Decision:
 
 def _by_run(view: CheckpointView, admitted: Admitted, *, has_initial_state: bool) -> Decision:
     if not view.exists or view.run_id != admitted.run_id:
-        if has_initial_state:
-            return Decision(action="restart")
-        return Decision(action="stop", status="nothing_to_recover", reasons=(_REDACTED,))
+        if admitted.inputs[0].is_redacted and not has_initial_state:
+            return Decision(action="stop", status="nothing_to_recover", reasons=(_REDACTED,))
+        return Decision(action="restart")
     if _is_untouched(view, admitted) and view.status != "interrupted_work":
         if admitted.inputs[-1].is_redacted:
             why = (_REDACTED_ANSWER, _waits_for(view))

@@ -30,6 +30,7 @@ from langgraph_peerctx.reconstruction.failure_detector import (
 )
 from langgraph_peerctx.reconstruction.incident import OnStep, tell
 from langgraph_peerctx.reconstruction.recoverer import Recoverer, SupervisedWorkflow
+from langgraph_peerctx.reconstruction.report import noticed
 from langgraph_peerctx.reconstruction.result import RecoveryResult
 from langgraph_peerctx.runtime import PeerContextRuntime
 
@@ -224,7 +225,9 @@ class RecoverySupervisor:
                 seconds_left=0.0,
             )
             died = failure.why == "died"
-            return await running.recoverer.recover(lost, supervised, died=died)
+            return await running.recoverer.recover(
+                lost, supervised, died=died, noticed=noticed(failure)
+            )
 
     async def _note(self, runtime: BackgroundRuntime, failure: AgentFailure) -> None:
         """Let people see a run that nobody here can recover; another supervisor may."""

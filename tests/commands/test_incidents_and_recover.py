@@ -6,6 +6,7 @@ import sqlite3
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import PEERCTX, Outcome, Run
@@ -273,6 +274,146 @@ def test_what_a_workflow_prints_is_no_part_of_the_answer(
     )
     assert json.loads(done.stdout)["status"] == "restarted"
     assert {"a node prints", "a child prints"} <= set(done.stderr.splitlines())
+
+
+REPORT: dict[str, Any] = {
+    "agent_id": "agent",
+    "thread_id": "thread",
+    "steps": [],
+    "checkpoint": {"checkpoint_id": "c1"},
+    "coverage": {"asked": ["host-1", "host-2"], "answered": ["host-1"], "silent": ["host-2"]},
+    "conflicts": [
+        {
+            "interaction_id": "e9",
+            "versions": {
+                "b": {"kind": "order", "payload": 1, "occurred_at": "2030-01-01T00:00:01+00:00"}
+            },
+        }
+    ],
+    "in_doubt": [],
+    "provenance": [
+        {
+            "fact": "state.log",
+            "source": "checkpoint",
+            "event_id": "c1",
+            "occurred_at": "2030-01-01T00:00:00+00:00",
+        }
+    ],
+    "effects": [
+        {
+            "key": "k1",
+            "name": "charge",
+            "peer": "payments",
+            "position": "p",
+            "status": "done",
+            "source": "peer",
+            "done_at": "2030-01-01T00:00:02+00:00",
+        }
+    ],
+    "times": {
+        "last_heartbeat_at": "2030-01-01T00:00:00.100000+00:00",
+        "known_at": "2030-01-01T00:00:04.100000+00:00",
+        "why": "silent",
+        "claimed_at": "2030-01-01T00:00:04.200000+00:00",
+        "requested_at": "2030-01-01T00:00:04.300000+00:00",
+        "answers": [
+            {
+                "responder_id": "host-1",
+                "agents": {"b\x1b[2J": "context"},
+                "at": "2030-01-01T00:00:04.350000+00:00",
+                "after_seconds": 0.05,
+            }
+        ],
+        "reconstructed_at": None,
+        "resumed_at": "2030-01-01T00:00:05Z",
+        "first_checkpoint_at": None,
+        "ended_at": "2030-01-01T00:00:06.100000+00:00",
+        "clocks": "several",
+        "took": {
+            "to_known": 4.0,
+            "to_claimed": 0.1,
+            "to_answers": 0.15,
+            "to_resumed": 0.05,
+            "to_first_checkpoint": None,
+            "total": 6.0,
+        },
+    },
+}
+
+
+@pytest.fixture
+def reported(lose: Lose, recover: Recover, tmp_path: Path) -> Callable[[Any], None]:
+    """Recover a thread, and let its report be this one."""
+    lose("in")
+    assert recover("--json").code == 0
+
+    def reported(report: Any) -> None:
+        database = sqlite3.connect(tmp_path / "control.db")
+        with database:
+            database.execute("UPDATE peerctx_incidents SET report = ?", [json.dumps(report)])
+        database.close()
+
+    return reported
+
+
+def shown(run: Run, *options: str) -> list[list[str]]:
+    """The words of each line."""
+    (incident,) = run("incidents", "list", "--json").json
+    outcome = run("incidents", "show", incident["incident_id"], *options)
+    assert outcome.code == 0
+    return [line.split() for line in outcome.out.splitlines()]
+
+
+def test_an_incidents_times_are_read_with_what_each_part_took(
+    reported: Callable[[Any], None], run: Run
+) -> None:
+    reported(REPORT)
+    lines = shown(run)
+    begin = lines.index(["moment", "at", "(UTC)", "took"])
+    assert lines[begin + 1 : begin + 10] == [
+        ["last", "heartbeat", "00:00:00.100"],
+        ["known", "(silent)", "00:00:04.100", "4.000", "s"],
+        ["claimed", "00:00:04.200", "100.0", "ms"],
+        ["asked", "00:00:04.300"],
+        ["last", "answer", "00:00:04.350", "150.0", "ms"],
+        ["resumed", "00:00:05.000", "50.0", "ms"],
+        ["ended", "00:00:06.100"],
+        ["in", "all", "6.000", "s"],
+        ["these", "are", "the", "clocks", "of", "several", "hosts"],
+    ]
+
+
+def test_an_incident_shows_who_answered_what_became_of_effects_and_where_facts_come_from(
+    reported: Callable[[Any], None], run: Run
+) -> None:
+    reported(REPORT)
+    lines = shown(run)
+    assert ["host-1", "50.0", "ms", "b\ufffd[2J:", "context"] in lines
+    coverage = "coverage: not complete; asked host-1, host-2; answered host-1; silent host-2"
+    assert coverage.split() in lines
+    assert ["charge", "done", "peer:", "payments", "2030-01-01", "00:00:02"] in lines
+    assert ["event.e9", "order", "1", "b", "2030-01-01", "00:00:01"] in lines
+    assert ["restored:", "1", "from", "checkpoint;", "--all", "names", "each"] in lines
+    everything = shown(run, "--all")
+    assert ["state.log", "checkpoint", "c1", "2030-01-01", "00:00:00"] in everything
+
+
+def test_json_has_the_report_as_it_is(reported: Callable[[Any], None], run: Run) -> None:
+    reported(REPORT)
+    (incident,) = run("incidents", "list", "--json").json
+    assert run("incidents", "show", incident["incident_id"], "--json").json["report"] == REPORT
+
+
+def test_an_incident_of_an_earlier_version_is_shown_without_what_it_lacks(
+    reported: Callable[[Any], None], run: Run
+) -> None:
+    old = {key: value for key, value in REPORT.items() if key not in {"times", "effects"}}
+    reported({**old, "coverage": None})
+    lines = shown(run)
+    assert ["moment", "at", "(UTC)", "took"] not in lines
+    assert ["restored:", "1", "from", "checkpoint;", "--all", "names", "each"] in lines
+    reported({})
+    assert shown(run)
 
 
 def test_no_incidents_is_said_and_an_empty_list(run: Run, control: ControlDatabase) -> None:

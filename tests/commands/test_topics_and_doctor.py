@@ -121,7 +121,7 @@ def test_the_doctor_looks_at_databases_without_making_them(run: Run, tmp_path: P
     with EventStore(f"sqlite:///{tmp_path}/events.db"):
         pass
     found = run("doctor", "--json").findings
-    assert "schema 0002" in found["event store"]["detail"]
+    assert "schema 0003" in found["event store"]["detail"]
     assert not (tmp_path / "control.db").exists()
 
 

@@ -5,7 +5,7 @@ import gc
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -264,6 +264,19 @@ async def test_whose_death_was_seen_is_lost_at_once_whatever_its_lease_says(sett
     await settled.look()
     assert settled.told == [("b", "died")]
     assert settled.failures[0].by == "sentinel"
+
+
+async def test_a_failure_says_when_it_was_heard_last_and_when_it_was_known(settled: World) -> None:
+    settled.die("b")
+    settled.now += 0.25
+    await settled.look()
+    (failure,) = settled.failures
+    assert failure.known_at is not None
+    assert failure.last_seen_at is not None
+    assert failure.silent_seconds is not None
+    assert failure.noticed_at - failure.known_at == timedelta(seconds=0.25)
+    heard = failure.noticed_at - failure.last_seen_at
+    assert heard.total_seconds() == pytest.approx(failure.silent_seconds, abs=1e-5)
 
 
 async def test_a_notice_that_was_proved_false_counts_no_more(settled: World) -> None:
