@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 SOURCES := langgraph_peerctx graphs tests
 
 .DEFAULT_GOAL := help
-.PHONY: help demo studio notebooks test chaos lint types format bench clean
+.PHONY: help demo studio notebooks test chaos matrix lint types format bench clean
 
 help:
 	@echo "make demo    agents are killed and frozen, nobody calls a recovery (about 20 s, no Java)"
@@ -17,6 +17,7 @@ help:
 	@echo "make notebooks  the notebooks, run, as web pages in build/notebooks (the last needs Java)"
 	@echo "make test    lint, types, layers, and all tests on a real Kafka and PostgreSQL"
 	@echo "make chaos   200 kills, 200 freezes and the outages, on both databases (about 20 min)"
+	@echo "make matrix  300 kills of each of three systems, and docs/evidence.md (about 15 min)"
 	@echo "make bench   figures, each beside its yardstick"
 	@echo "make format  format the code;  make clean  remove what was made here"
 
@@ -33,12 +34,18 @@ notebooks: $(VENV)/notebooks
 # Tests wait more than they compute: three at a time, a file in one go. The experiments have
 # processes of their own, and want the machine for themselves.
 test: lint types
-	$(BIN)/python -m pytest --ignore tests/chaos --numprocesses 3 --dist loadfile \
+	$(BIN)/python -m pytest --ignore tests/chaos --ignore tests/matrix \
+		--numprocesses 3 --dist loadfile \
 		--cov --cov-report term:skip-covered
 	$(BIN)/python -m pytest tests/chaos --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest tests/matrix
 
 chaos: $(VENV)/dev
 	PEERCTX_CHAOS=200 $(BIN)/python -m pytest tests/chaos --capture no
+
+matrix: $(VENV)/dev
+	$(BIN)/python tests/matrix/run.py --write \
+		$(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check

@@ -58,6 +58,14 @@ def remembered(agent_id: str, facts: Mapping[str, Any]) -> Remembered:
     return Remembered(run_id=run_id, epoch=max(map(_epoch, done)), since=min(map(_when, of_it)))
 
 
+def unheard(coverage: Mapping[str, Any] | None) -> list[str]:
+    """Return who was asked and has not told what it remembers; pure."""
+    if coverage is None:
+        return []
+    kinds = ("silent", "left", "busy", "declined", "truncated", "contradicted")
+    return sorted({name for kind in kinds for name in coverage.get(kind, [])})
+
+
 @dataclass(slots=True, kw_only=True)
 class Begun:
     """A run that was begun anew.

@@ -56,6 +56,7 @@ async def recover_and_resume_workflow_async(
     min_responses: int | None = None,
     in_doubt: Sequence[InDoubtKey] = (),
     answers: Mapping[str, Any] | None = None,
+    despite_silence: bool = False,
     llm: BaseChatModel | None = None,
     infer: Sequence[str] = (),
     durability: Durability | None = None,
@@ -90,6 +91,9 @@ async def recover_and_resume_workflow_async(
             are known anyway.
         answers: What a human says of effects that are `in_doubt`, by their keys: true, false, or
             `{"happened": true, "reply": ...}`.
+        despite_silence: Begin a run anew of which no record is left, although peers that may
+            remember it say nothing: what they have done for it may be done again. Otherwise it is
+            `in_doubt` until they are heard.
         llm: Any chat model; it may fill what neither a checkpoint nor the run's record nor
             `initial_state` has, and nothing else: see `Inference`. What it filled is marked.
         infer: The state keys that it may fill; by default any that has no value, where the run is
@@ -129,6 +133,7 @@ async def recover_and_resume_workflow_async(
         open_store=partial(getattr, runtime, "store") if runtime else None,
         can_ask=False,
         answers=dict(answers or {}),
+        despite_silence=despite_silence,
         inference=Inference(llm=llm, keys=tuple(infer)),
         on_step=on_step,
         on_answer=on_answer,
@@ -188,7 +193,9 @@ async def _recovered_under_a_lease(
     try:
         behind = fenced(plan.workflow, AgentFence(agent_id, ownership))
         thread = OwnedThread(ownership=ownership, held=held, calls=calls)
-        return await _recovered(replace(plan, workflow=behind, thread=thread), order)
+        ended = await ownership.control.anewest_run(agent_id, thread_id)
+        plan = replace(plan, workflow=behind, thread=thread, ended=ended)
+        return await _recovered(plan, order)
     finally:
         await ownership.release(agent_id, thread_id)
 

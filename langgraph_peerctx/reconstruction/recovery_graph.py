@@ -47,6 +47,7 @@ from langgraph_peerctx.nodes.peer_context_subgraph import (
 from langgraph_peerctx.nodes.reading import seconds_in, text_in
 from langgraph_peerctx.owned import unowned
 from langgraph_peerctx.persistence.effect_ledger import Effect
+from langgraph_peerctx.persistence.runs import Run
 from langgraph_peerctx.protocol.looking import plain
 from langgraph_peerctx.protocol.messages import InDoubtKey
 from langgraph_peerctx.reconstruction.approval import Thresholds, is_approved, what_to_approve
@@ -61,7 +62,7 @@ from langgraph_peerctx.reconstruction.incident import (
     tell,
     timed,
 )
-from langgraph_peerctx.reconstruction.lost_stores import LostStores, remembered
+from langgraph_peerctx.reconstruction.lost_stores import LostStores, remembered, unheard
 from langgraph_peerctx.reconstruction.report import Noticed
 from langgraph_peerctx.reconstruction.resume import (
     Admitted,
@@ -164,7 +165,9 @@ class RecoveryPlan:
         before: Steps that were taken before the graph, the claim for instance.
         noticed: How the failure was noticed, and when.
         thread: The thread, where it is ours: its effects are settled, and done, under our lease.
+        ended: The thread's last run, where it is not being recovered as an open one.
         lost: Begins a run anew of which no record is left; None if the caller owns nothing.
+        despite_silence: Whether it is begun although peers that may remember it say nothing.
         answers: What a human says of effects in doubt, by their keys.
         inference: A model that may fill what no evidence has.
         can_ask: Whether a human can be asked: an interrupt needs a checkpointer.
@@ -179,7 +182,9 @@ class RecoveryPlan:
     before: tuple[StepRecord, ...] = ()
     noticed: Noticed | None = None
     thread: OwnedThread | None = None
+    ended: Run | None = None
     lost: LostStores | None = None
+    despite_silence: bool = False
     answers: Mapping[str, Any] = field(default_factory=dict)
     inference: Inference = field(default_factory=Inference)
     can_ask: bool = True
@@ -357,7 +362,7 @@ class RecoverySteps:
             thread_id=thread_id,
             time_window_seconds=seconds_in(state, "time_window_seconds"),
         ).reaching(view.created_at, settings.time_window_seconds)
-        run_id = self.plan.admitted.run_id if self.plan.admitted else view.run_id
+        run_id = self._run_id(view)
         effects = await self._effects(run_id)
         begun |= {
             "run_id": run_id,
@@ -437,6 +442,8 @@ class RecoverySteps:
 
         Taken up again, it asks the peers first: the one that knows may be back.
         """
+        if missing := self._missing_witnesses(state):
+            return {"result": await self._stopped_in_doubt(state, [missing])}
         thread, run_id = self.plan.thread, state.get("run_id")
         if thread is None or run_id is None or not state["doubts"]:
             return {}
@@ -447,7 +454,9 @@ class RecoverySteps:
         unclear: object = None
         while open_ones := await self._doubtful(state):
             if not self.plan.can_ask or any(e.if_unknown == "fail" for e in open_ones):
-                return {"result": await self._in_doubt(state, open_ones)}
+                asked = self.plan.use_peer_context
+                reasons = [f"{question_of(e)} {why_unknown(e, asked=asked)}" for e in open_ones]
+                return {"result": await self._stopped_in_doubt(state, reasons)}
             answer = interrupt(
                 what_to_settle(
                     open_ones,
@@ -470,14 +479,42 @@ class RecoverySteps:
         for effect, settled in answers_in(answer, open_ones, may_be_bare=may_be_bare):
             await thread.settle(effect, settled, "human")
 
-    async def _in_doubt(self, state: RecoveryState, open_ones: Sequence[Effect]) -> dict[str, Any]:
-        asked = self.plan.use_peer_context
-        reasons = [
-            f"in_doubt: {question_of(effect)} {why_unknown(effect, asked=asked)}"
-            for effect in open_ones
-        ]
-        stopped = Decision(action="stop", status="in_doubt", reasons=tuple(reasons))
+    def _missing_witnesses(self, state: RecoveryState) -> str | None:
+        """Say who should be heard before a run is begun anew of which no record is left."""
+        plan, evidence = self.plan, state["evidence"]
+        if plan.lost is None or state["action"] != "restart" or plan.despite_silence:
+            return None
+        known = remembered(state["failed_agent_id"], evidence["peer_context"])
+        silent = unheard(evidence["coverage"])
+        if not silent or not plan.lost.concerns(known):
+            return None
+        return (
+            f"No record of the run is left, and {', '.join(silent)} may remember what it has done, "
+            "and did not say: try again when it does, or begin it anew with despite_silence=True"
+        )
+
+    async def _stopped_in_doubt(
+        self, state: RecoveryState, reasons: Sequence[str]
+    ) -> dict[str, Any]:
+        why = tuple(f"in_doubt: {reason}" for reason in reasons)
+        stopped = Decision(action="stop", status="in_doubt", reasons=why)
         return self._stopped(state, await self._head(state), stopped)
+
+    def _run_id(self, view: CheckpointView) -> str | None:
+        """Return which run it is, as far as anybody here knows."""
+        plan = self.plan
+        if plan.admitted is not None:
+            return plan.admitted.run_id
+        if view.run_id is not None or plan.ended is None or plan.ended.end_kind == "returned":
+            return view.run_id
+        return plan.ended.run_id
+
+    def _doubted_since(self, run_id: str) -> datetime | None:
+        plan = self.plan
+        if plan.admitted is not None:
+            return plan.admitted.doubted_since
+        is_it = plan.ended is not None and plan.ended.run_id == run_id
+        return plan.ended.doubted_since if plan.ended is not None and is_it else None
 
     async def _doubtful(self, state: RecoveryState) -> list[Effect]:
         return doubtful(await self._effects(state.get("run_id")), after=_after(state))
@@ -571,10 +608,11 @@ class RecoverySteps:
         options: Any = {"context": plan.context, "durability": durability}
         lost = plan.lost if decision.action == "restart" and plan.admitted is None else None
         if lost is None or not lost.concerns(known):
-            run_id = state.get("run_id")
-            if plan.thread is not None and run_id is not None:
-                since = plan.admitted.doubted_since if plan.admitted else None
-                place = plan.thread.effects_of(run_id, doubted_since=since).go_along(place)
+            if plan.thread is not None:
+                run_id = state.get("run_id") or new_id()
+                since = self._doubted_since(run_id)
+                effects = plan.thread.effects_of(run_id, doubted_since=since)
+                place = effects.go_along(of_run(place, run_id))
             return await resume_workflow(plan.workflow, place, delivery, **options)
         beginning = lost.begun(
             plan.workflow,

@@ -496,3 +496,94 @@ async def test_a_doubt_that_the_workflow_has_left_behind_is_not_asked_about(
         "reminder": "intent",
         "order 4711": "done",
     }
+
+
+async def test_with_all_its_stores_lost_nothing_is_begun_before_the_peers_are_heard(
+    control: ControlDatabase,
+    peer: Peer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    app = workflow(peer)
+    peer.dies = ["after"]
+    await lose(control, app)
+    monkeypatch.setenv("PEER_CONTEXT_CONTROL_DATABASE_URL", f"sqlite:///{tmp_path}/new.db")
+    fresh = workflow(peer)
+
+    async def recover(**more: Any) -> Any:
+        return await recover_and_resume_workflow_async(
+            workflow=fresh,
+            agent_id=AGENT,
+            thread_id=THREAD,
+            initial_state={"log": ["in"]},
+            expect=[PEER],
+            peer_context_timeout=0.5,
+            **more,
+        )
+
+    result = await recover()
+    assert (result["status"], result["recovered"]) == ("in_doubt", False)
+    assert "inventory-agent may remember" in result["reasons"][0]
+    async with peer.answering():
+        result = await recover()
+    assert result["status"] == "restarted"
+    assert result["final_state"]["log"] == ["in", "plan", {"number": 1}]
+    assert peer.applied == ["4711"]
+
+
+async def test_a_run_whose_peers_stay_silent_may_be_begun_on_purpose(
+    peer: Peer, settings: PeerContextSettings
+) -> None:
+    del settings
+    result = await recover_and_resume_workflow_async(
+        workflow=workflow(peer),
+        agent_id=AGENT,
+        thread_id=THREAD,
+        initial_state={"log": ["in"]},
+        expect=[PEER],
+        peer_context_timeout=0.5,
+        despite_silence=True,
+    )
+    assert (result["status"], result["degraded"]) == ("restarted", True)
+    assert peer.applied == ["4711"]
+
+
+async def test_a_run_that_was_begun_anew_and_failed_goes_on_with_the_same_doubts(
+    control: ControlDatabase,
+    peer: Peer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    app = workflow(peer)
+    peer.dies = ["after"]
+    await lose(control, app)
+    monkeypatch.setenv("PEER_CONTEXT_CONTROL_DATABASE_URL", f"sqlite:///{tmp_path}/new.db")
+    fails = [True]
+
+    async def fragile(_: State) -> Any:
+        if fails.pop() if fails else False:
+            raise ValueError("not yet")
+        return {"log": ["plan"]}
+
+    builder = StateGraph(State)
+    builder.add_node("plan", fragile)
+    builder.add_node("order", workflow(peer).builder.nodes["order"].runnable)
+    builder.add_edge(START, "plan")
+    builder.add_edge("plan", "order")
+    fresh = builder.compile(checkpointer=InMemorySaver(), name="launch")
+
+    async def recover() -> Any:
+        return await recover_and_resume_workflow_async(
+            workflow=fresh,
+            agent_id=AGENT,
+            thread_id=THREAD,
+            initial_state={"log": ["in"]},
+            expect=[PEER],
+        )
+
+    async with peer.answering():
+        assert (await recover())["status"] == "failed"
+        result = await recover()
+    assert result["final_state"]["log"] == ["in", "plan", {"number": 1}]
+    assert peer.applied == ["4711"]
+    assert len(peer.tickets) == 1
