@@ -22,6 +22,8 @@ from langgraph_peerctx.background import BackgroundRuntime
 from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.durability.admission import (
     Redact,
+    digest_of,
+    digest_of_run,
     fenced,
     is_continuation,
     is_durable,
@@ -440,6 +442,7 @@ class _Order:
         self._plain = plain
         self._terms = terms
         self._given = given
+        self._digest: str | None = None
         self.config: RunnableConfig = ensure_config(merge_configs(plain.config, config))
         configurable = self.config.get("configurable") or {}
         self.thread_id = thread_of(self.config)
@@ -456,6 +459,7 @@ class _Order:
             ConfigurationError: If the input cannot be stored.
         """
         plain = self._plain
+        self._digest = digest_of_run(plain, newest) if newest else digest_of(self._given)
         return NewRun(
             run_id=newest.run_id if newest else new_id(),
             agent_id=self._terms.agent_id,
@@ -475,7 +479,11 @@ class _Order:
     ) -> RunnableConfig:
         """Return the config that an admitted run runs with."""
         about = About(
-            agent_id=run.agent_id, thread_id=run.thread_id, run_id=run.run_id, epoch=held.epoch
+            agent_id=run.agent_id,
+            thread_id=run.thread_id,
+            run_id=run.run_id,
+            epoch=held.epoch,
+            input_digest=self._digest,
         )
         effects = RunEffects(
             ownership.control,

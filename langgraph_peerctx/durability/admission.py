@@ -1,5 +1,7 @@
 """What of a run is kept, so that another process can go on with it."""
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias, cast
 
@@ -12,6 +14,7 @@ from langgraph_peerctx.durability.fenced_checkpointer import Fence, FencedCheckp
 from langgraph_peerctx.durability.workflow import Workflow, checkpointer_of
 from langgraph_peerctx.errors import ConfigurationError, StoreError
 from langgraph_peerctx.persistence.runs import Packed, Run
+from langgraph_peerctx.protocol.looking import plain
 
 KEPT = ("tags", "metadata", "recursion_limit", "run_name")
 """What of a config is kept beside its configurable values: callbacks belong to a process."""
@@ -72,6 +75,17 @@ def packed_input(workflow: Workflow, given: object, redact: Redact | None) -> Pa
     whole = packed(workflow, given, name="input")
     told = packed(workflow, kept, name="redacted input")
     return whole if told == whole else Packed(kind=f"{_REDACTED}{told.kind}", data=told.data)
+
+
+def digest_of(given: object) -> str:
+    """Return 32 digits that are the same for the same input, whatever the order of its keys."""
+    text = json.dumps(plain(given), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def digest_of_run(workflow: Workflow, run: Run) -> str | None:
+    """Return the digest of a run's first input; None if that was redacted."""
+    return None if is_redacted(run) else digest_of(input_of(workflow, run))
 
 
 def is_redacted(run: Run, number: int = 0) -> bool:

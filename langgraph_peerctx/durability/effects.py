@@ -26,7 +26,7 @@ from langgraph_peerctx.errors import (
 )
 from langgraph_peerctx.identifiers import check_id
 from langgraph_peerctx.persistence.database import Database
-from langgraph_peerctx.persistence.effect_ledger import Effect, EffectScope, NewEffect
+from langgraph_peerctx.persistence.effect_ledger import Effect, EffectScope, NewEffect, Standing
 from langgraph_peerctx.protocol.json_values import plain
 from langgraph_peerctx.protocol.messages import InDoubtAnswer, InDoubtKey, Verdict
 from langgraph_peerctx.protocol.tickets import EffectTicket
@@ -270,6 +270,7 @@ class _Write(Generic[T]):
 
     ledger: Database
     work: Callable[[], T]
+    undo: Callable[[T], object] | None = None
 
     def now(self) -> T:
         with _as_a_checkpoint():
@@ -277,7 +278,7 @@ class _Write(Generic[T]):
 
     async def later(self) -> T:
         with _as_a_checkpoint():
-            return await self.ledger.in_thread(self.work)
+            return await self.ledger.in_thread(self.work, undo=self.undo)
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,7 +357,7 @@ async def _later(doing: _Doing) -> JsonValue:
 
 def _effect(run: RunEffects, new: NewEffect, terms: _Terms, call: Callable[[], Any]) -> _Doing:
     """Do an effect, unless it was done."""
-    standing = yield _Write(run.ledger, partial(run.intend, new))
+    standing = yield _intent(run, new)
     while not standing.has_begun:
         known: Effect = standing.effect
         if known.status == "intent":
@@ -365,7 +366,7 @@ def _effect(run: RunEffects, new: NewEffect, terms: _Terms, call: Callable[[], A
             return known.outcome
         if known.status == "intent" and terms.if_unknown != "retry":
             raise InDoubtError(question_about(known), terms.if_unknown == "fail")
-        standing = yield _Write(run.ledger, partial(run.intend, new, known.attempt))
+        standing = yield _intent(run, new, known.attempt)
     begun: Effect = standing.effect
     try:
         result = yield _Call(call, run.ticket(begun))
@@ -375,6 +376,20 @@ def _effect(run: RunEffects, new: NewEffect, terms: _Terms, call: Callable[[], A
     outcome = _plain(begun, result)
     yield _Write(run.ledger, partial(run.conclude, begun, outcome))
     return outcome
+
+
+def _intent(run: RunEffects, new: NewEffect, over: int | None = None) -> _Write[Standing]:
+    """Write down that an effect is meant.
+
+    Whoever is cancelled meanwhile, as LangGraph does with the siblings of a node that failed, has
+    called nothing: that is written down too.
+    """
+
+    def undo(standing: Standing) -> None:
+        if standing.has_begun:
+            run.ledger.later(partial(run.refute, standing.effect))
+
+    return _Write(run.ledger, partial(run.intend, new, over), undo)
 
 
 def _settled(

@@ -35,12 +35,14 @@ class About:
 
     Attributes:
         epoch: The asker's.
+        input_digest: Of what the run was given; see `admission.digest_of`.
     """
 
     agent_id: str
     thread_id: str
     run_id: str
     epoch: int
+    input_digest: str | None = None
 
 
 class Peers(Protocol):
@@ -164,6 +166,7 @@ class RunEffects(BaseCallbackHandler):
             sender_id=effect.agent_id,
             thread_id=effect.thread_id,
             run_id=effect.run_id if effect.scope == "run" else effect.thread_id,
+            input_digest=self.about.input_digest if effect.scope == "run" else None,
             epoch=effect.epoch,
         )
 

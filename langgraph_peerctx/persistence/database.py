@@ -1,6 +1,7 @@
 """An open database of ours: its connections, its threads, and how work on it fails."""
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,12 +14,14 @@ from sqlalchemy import Connection, Row, Select, Table, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError
 
-from langgraph_peerctx.errors import StoreBusyError
+from langgraph_peerctx.errors import StoreBusyError, StoreError
 from langgraph_peerctx.persistence.engine import POOL_SIZE, Synchronous, connect, name_of, writing
 from langgraph_peerctx.persistence.faults import is_busy, translated
 from langgraph_peerctx.persistence.opened import Opened
 from langgraph_peerctx.persistence.upgrade import upgrade
 from langgraph_peerctx.protocol.json_values import plain_text
+
+_logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -131,6 +134,17 @@ class Database:
         except BaseException:
             baton.leave()
             raise
+
+    def later(self, work: Callable[[], object]) -> None:
+        """Do blocking work in one of this store's threads; nobody waits for it."""
+
+        def tried() -> None:
+            try:
+                work()
+            except StoreError as error:
+                _logger.info("%s: what nobody waited for failed: %s", self.name, error)
+
+        self._threads.submit(tried)
 
     async def aping(self) -> None:
         """See `ping`."""

@@ -562,7 +562,12 @@ def _interaction_of(agent_id: str, ticket: EffectTicket, reply: JsonValue) -> In
         from_agent=ticket.sender_id,
         to_agent=agent_id,
         kind=KIND,
-        payload={"name": ticket.name, "epoch": ticket.epoch, "reply": reply},
+        payload={
+            "name": ticket.name,
+            "epoch": ticket.epoch,
+            "input_digest": ticket.input_digest,
+            "reply": reply,
+        },
         occurred_at=datetime.now(UTC),
         effect_key=ticket.effect_key,
         run_id=ticket.run_id,

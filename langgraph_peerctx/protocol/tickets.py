@@ -30,6 +30,8 @@ class EffectTicket(Frozen):
         sender_id: The agent that acts.
         thread_id: In which thread.
         run_id: In which run; of an effect of the whole thread, the thread's id.
+        input_digest: Of what the run was given; None if that is not known. It tells the runs of
+            one thread apart where the sender has lost its own record of them.
         epoch: Under which epoch: it rises each time that somebody takes the thread over.
     """
 
@@ -38,6 +40,7 @@ class EffectTicket(Frozen):
     sender_id: Identifier
     thread_id: RecordId
     run_id: RecordId
+    input_digest: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] | None = None
     epoch: Count
 
     def as_headers(self) -> dict[str, str]:

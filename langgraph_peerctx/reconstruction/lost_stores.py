@@ -14,7 +14,13 @@ from typing import Any
 from langchain_core.runnables import RunnableConfig
 
 from langgraph_peerctx.asking import calls_of
-from langgraph_peerctx.durability.admission import fenced, packed, packed_config, packed_context
+from langgraph_peerctx.durability.admission import (
+    digest_of,
+    fenced,
+    packed,
+    packed_config,
+    packed_context,
+)
 from langgraph_peerctx.durability.ownership import AgentFence
 from langgraph_peerctx.durability.workflow import Workflow
 from langgraph_peerctx.identifiers import new_id
@@ -30,7 +36,7 @@ class Remembered:
     """What peers remember of a run.
 
     Attributes:
-        run_id: The newest run that any of them knows; None if none does.
+        run_id: The newest run with this input that any of them knows; None if none does.
         epoch: The highest epoch that any of them has seen.
         since: When the first of it happened; None if nobody knows of anything.
     """
@@ -40,22 +46,28 @@ class Remembered:
     since: datetime | None = None
 
 
-def remembered(agent_id: str, facts: Mapping[str, Any]) -> Remembered:
-    """Return what peers' facts say of an agent's newest run; pure.
+def remembered(agent_id: str, facts: Mapping[str, Any], input_digest: str | None) -> Remembered:
+    """Return what peers' facts say of the run of an agent that was given this input; pure.
+
+    A run with another input is another one: its effects must not be taken for this one's.
 
     Args:
         agent_id: The agent.
         facts: Event id -> fact, as in `Reconstruction["peer_context"]`.
+        input_digest: Of what the run is begun with; None if it is not known.
     """
     done = [f for f in facts.values() if f.get("from_agent") == agent_id]
     if not done:
         return Remembered()
     # An effect of the whole thread stands under the thread's id.
     named = [f for f in done if f.get("run_id") and f["run_id"] != f.get("thread_id")]
-    newest = max(named, key=_when, default=None)
+    digests = {str(f["run_id"]): _payload(f)["input_digest"] for f in named if _has_digest(f)}
+    possible = [f for f in named if digests.get(str(f["run_id"]), input_digest) == input_digest]
+    newest = max(possible, key=_when, default=None)
     run_id = None if newest is None else str(newest["run_id"])
-    of_it = [fact for fact in done if fact.get("run_id") == run_id]
-    return Remembered(run_id=run_id, epoch=max(map(_epoch, done)), since=min(map(_when, of_it)))
+    of_it = [_when(fact) for fact in done if fact.get("run_id") == run_id]
+    since = min(of_it, default=None)
+    return Remembered(run_id=run_id, epoch=max(map(_epoch, done)), since=since)
 
 
 def unheard(coverage: Mapping[str, Any] | None) -> list[str]:
@@ -136,7 +148,9 @@ class LostStores:
         held = await ownership.aadmit(run)
         calls = calls_of(runtime) if self.asks_peers else None
         thread = OwnedThread(ownership=ownership, held=held, calls=calls)
-        effects = thread.effects_of(run.run_id, doubted_since=known.since)
+        effects = thread.effects_of(
+            run.run_id, input_digest=digest_of(initial_state), doubted_since=known.since
+        )
         metadata = {**(place.get("metadata") or {}), "run_id": run.run_id}
         behind = fenced(workflow, AgentFence(agent_id, ownership))
         begun = Begun(workflow=behind, place=effects.go_along({**place, "metadata": metadata}))
@@ -155,7 +169,15 @@ def _when(fact: Json) -> datetime:
     return datetime.fromisoformat(str(fact["occurred_at"]))
 
 
-def _epoch(fact: Json) -> int:
+def _payload(fact: Json) -> Json:
     payload = fact.get("payload")
-    epoch = payload.get("epoch") if isinstance(payload, dict) else None
+    return payload if isinstance(payload, dict) else {}
+
+
+def _has_digest(fact: Json) -> bool:
+    return isinstance(_payload(fact).get("input_digest"), str)
+
+
+def _epoch(fact: Json) -> int:
+    epoch = _payload(fact).get("epoch")
     return epoch if isinstance(epoch, int) and not isinstance(epoch, bool) and epoch > 0 else 0

@@ -22,7 +22,7 @@ from typing_extensions import TypedDict  # pydantic makes schemas of this one on
 
 from langgraph_peerctx import background
 from langgraph_peerctx.config import PeerContextSettings
-from langgraph_peerctx.durability.admission import of_admitted_run
+from langgraph_peerctx.durability.admission import digest_of, of_admitted_run
 from langgraph_peerctx.durability.workflow import (
     Workflow,
     check_initial_state,
@@ -62,7 +62,7 @@ from langgraph_peerctx.reconstruction.incident import (
     tell,
     timed,
 )
-from langgraph_peerctx.reconstruction.lost_stores import LostStores, remembered, unheard
+from langgraph_peerctx.reconstruction.lost_stores import LostStores, Remembered, remembered, unheard
 from langgraph_peerctx.reconstruction.report import Noticed
 from langgraph_peerctx.reconstruction.resume import (
     Admitted,
@@ -484,7 +484,7 @@ class RecoverySteps:
         plan, evidence = self.plan, state["evidence"]
         if plan.lost is None or state["action"] != "restart" or plan.despite_silence:
             return None
-        known = remembered(state["failed_agent_id"], evidence["peer_context"])
+        known = self._remembered(state)
         silent = unheard(evidence["coverage"])
         if not silent or not plan.lost.concerns(known):
             return None
@@ -492,6 +492,14 @@ class RecoverySteps:
             f"No record of the run is left, and {', '.join(silent)} may remember what it has done, "
             "and did not say: try again when it does, or begin it anew with despite_silence=True"
         )
+
+    def _remembered(self, state: RecoveryState) -> Remembered:
+        facts = state["evidence"]["peer_context"]
+        return remembered(state["failed_agent_id"], facts, self._digest(state))
+
+    def _digest(self, state: RecoveryState) -> str | None:
+        given = self._initial_state(state)
+        return None if given is None else digest_of(given)
 
     async def _stopped_in_doubt(
         self, state: RecoveryState, reasons: Sequence[str]
@@ -604,14 +612,16 @@ class RecoverySteps:
     ) -> Outcome:
         """Run the workflow with its effects: those of a run that is ours, or is begun anew."""
         plan, place = self.plan, self._place_of_run(state, before, decision)
-        known = remembered(state["failed_agent_id"], state["evidence"]["peer_context"])
+        known = self._remembered(state)
         options: Any = {"context": plan.context, "durability": durability}
         lost = plan.lost if decision.action == "restart" and plan.admitted is None else None
         if lost is None or not lost.concerns(known):
             if plan.thread is not None:
                 run_id = state.get("run_id") or new_id()
                 since = self._doubted_since(run_id)
-                effects = plan.thread.effects_of(run_id, doubted_since=since)
+                effects = plan.thread.effects_of(
+                    run_id, input_digest=self._digest(state), doubted_since=since
+                )
                 place = effects.go_along(of_run(place, run_id))
             return await resume_workflow(plan.workflow, place, delivery, **options)
         beginning = lost.begun(
@@ -619,7 +629,7 @@ class RecoverySteps:
             place,
             known,
             agent_id=state["failed_agent_id"],
-            initial_state=delivery.input,
+            initial_state=self._initial_state(state),
             **options,
         )
         async with beginning as begun:

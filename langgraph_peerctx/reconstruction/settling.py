@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 
@@ -41,11 +41,17 @@ class OwnedThread:
         """Under which we write."""
         return self.held.epoch
 
-    def effects_of(self, run_id: str, *, doubted_since: datetime | None = None) -> RunEffects:
+    def effects_of(
+        self,
+        run_id: str,
+        *,
+        input_digest: str | None = None,
+        doubted_since: datetime | None = None,
+    ) -> RunEffects:
         """Return what a run of the thread needs for its effects."""
         return RunEffects(
             self.ownership.control,
-            self._about(run_id),
+            replace(self._about(run_id), input_digest=input_digest),
             incarnation=self.ownership.owner.incarnation,
             peers=self._peers,
             doubted_since=doubted_since,

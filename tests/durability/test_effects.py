@@ -2,6 +2,8 @@
 
 import asyncio
 import operator
+import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from datetime import UTC, datetime
 from functools import partial
@@ -633,3 +635,34 @@ async def test_nothing_of_it_is_kept_in_a_checkpoint(world: World) -> None:
     await app.ainvoke({}, world.at())
     async for saved in app.checkpointer.alist({"configurable": {"thread_id": THREAD}}):
         assert "peerctx" not in str(saved.metadata)
+
+
+async def test_whoever_is_cancelled_before_the_call_leaves_nothing_in_doubt(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As LangGraph does with the siblings of a node that failed."""
+    written, go_on = threading.Event(), threading.Event()
+    intend = ControlDatabase.intend
+
+    def slow(self: ControlDatabase, *arguments: Any, **named: Any) -> Any:
+        standing = intend(self, *arguments, **named)
+        written.set()
+        assert go_on.wait(10)
+        return standing
+
+    monkeypatch.setattr(ControlDatabase, "intend", slow)
+
+    async def node(_: State) -> Any:
+        return {"log": [await effect("order", world.aact, peer=PEER)]}
+
+    running = asyncio.ensure_future(line(("node", node)).ainvoke({}, world.at()))
+    await asyncio.to_thread(written.wait, 10)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    go_on.set()
+    deadline = time.monotonic() + 10
+    while [e.status for e in world.known()] != ["not_done"]:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+    assert world.done == []

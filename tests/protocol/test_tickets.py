@@ -22,6 +22,7 @@ FIELDS: dict[str, Any] = {
     "sender_id": "product",
     "thread_id": "thread 1",
     "run_id": "r",
+    "input_digest": "0123456789abcdef" * 2,
     "epoch": 1,
 }
 TICKET = EffectTicket(**FIELDS)
@@ -36,6 +37,7 @@ tickets = st.builds(
     sender_id=ids,
     thread_id=record_ids,
     run_id=record_ids,
+    input_digest=st.none() | st.from_regex(r"[0-9a-f]{32}", fullmatch=True),
     epoch=st.integers(0, 2**63 - 1),
 )
 

@@ -587,3 +587,31 @@ async def test_a_run_that_was_begun_anew_and_failed_goes_on_with_the_same_doubts
     assert result["final_state"]["log"] == ["in", "plan", {"number": 1}]
     assert peer.applied == ["4711"]
     assert len(peer.tickets) == 1
+
+
+async def test_a_finished_runs_effects_are_not_taken_for_those_of_another_input(
+    peer: Peer, settings: PeerContextSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the lost run no peer knows anything; of the run before it they do."""
+    del settings
+    owned = own_runs(workflow(peer), agent_id=AGENT)
+    await owned.ainvoke({"log": ["yesterday"]}, AT)
+    background.stop_kept_runtime()
+    monkeypatch.setenv("PEER_CONTEXT_CONTROL_DATABASE_URL", f"sqlite:///{tmp_path}/new.db")
+
+    async def recover(given: str) -> Any:
+        return await recover_and_resume_workflow_async(
+            workflow=workflow(peer),
+            agent_id=AGENT,
+            thread_id=THREAD,
+            initial_state={"log": [given]},
+            expect=[PEER],
+        )
+
+    async with peer.answering():
+        today = await recover("today")
+    assert today["final_state"]["log"] == ["today", "plan", {"number": 2}]
+    assert peer.applied == ["4711", "4711"]
+    one, two = peer.tickets
+    assert one.run_id != two.run_id
+    assert two.epoch > one.epoch

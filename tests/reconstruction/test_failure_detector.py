@@ -304,6 +304,50 @@ async def test_a_notice_about_another_life_says_nothing(settled: World) -> None:
     assert settled.told == []
 
 
+async def test_a_death_before_the_first_heartbeat_is_lost_at_once_too(settled: World) -> None:
+    """Its owner is known by its rows and its end alone."""
+    settled.own("c")
+    settled.die("c")
+    settled.now += 0.25
+    await settled.look()
+    assert settled.told == [("c", "died")]
+    (failure,) = settled.failures
+    assert failure.by == "sentinel"
+    assert (failure.silent_seconds, failure.last_seen_at) == (None, None)
+    assert failure.known_at is not None
+    assert failure.noticed_at - failure.known_at == timedelta(seconds=0.25)
+    row = await settled.state("c")
+    assert (row.state, row.phi, row.holds) == ("dead", None, 1)
+
+
+async def test_a_death_before_the_first_heartbeat_that_is_proved_false_counts_no_more(
+    settled: World,
+) -> None:
+    settled.own("c")
+    settled.die("c")
+    settled.now += 1.5
+    settled.rows.on_answer = lambda: settled.beat("c")
+    await settled.look()
+    assert settled.told == []
+    assert settled.detector.counters["held_back.leased"] == 1
+
+
+async def test_a_notice_that_names_another_process_accuses_nobody(settled: World) -> None:
+    settled.own("c")
+    settled.give(
+        DeathNotice(
+            sent_at=BEGAN,
+            process_id="d",
+            incarnation="c-1",
+            sentinel_id="sentinel",
+            died_at=BEGAN,
+        )
+    )
+    await settled.look()
+    assert settled.told == []
+    assert settled.detector.counters["held_back.leased"] == 1
+
+
 async def test_what_was_given_back_is_lost_at_once(world: World) -> None:
     """At the very first look, deaf to everybody's heartbeats."""
     world.rows.threads["t"] = Thread(None, None, world.now)
