@@ -118,7 +118,7 @@ def test_a_value_that_no_sender_would_make_is_refused_and_named(change: dict[str
         assert len(str(refused.value)) < 400
 
 
-@pytest.mark.parametrize("missing", FIELDS)
+@pytest.mark.parametrize("missing", sorted(FIELDS.keys() - {"input_digest"}))
 def test_a_field_that_is_missing_is_named(missing: str) -> None:
     forged = {name: value for name, value in FIELDS.items() if name != missing}
     with pytest.raises(ProtocolError, match=missing):
