@@ -91,8 +91,10 @@ _REMEMBERED = (
     .order_by(interactions.c.sequence.desc())
 )
 _SINCE = select(receivers.c.since).where(receivers.c.agent_id == bindparam("agent_id"))
-_KNOWS_FROM = select(receivers.c.since, select(func.min(stores.c.created_at)).scalar_subquery())
-_KNOWS_FROM = _KNOWS_FROM.where(receivers.c.agent_id == bindparam("agent_id"))
+_BIRTH = select(func.min(stores.c.created_at)).scalar_subquery()
+_KNOWS_FROM: Any = select(receivers.c.since, _BIRTH).where(
+    receivers.c.agent_id == bindparam("agent_id")
+)
 
 
 class Begun(NamedTuple):

@@ -70,6 +70,24 @@ def remembered(agent_id: str, facts: Mapping[str, Any], input_digest: str | None
     return Remembered(run_id=run_id, epoch=max(map(_epoch, done)), since=since)
 
 
+def said_of(known: Remembered, run_id: str | None) -> str:
+    """Say what a run was begun anew with; pure.
+
+    Args:
+        known: What peers remember.
+        run_id: Under which id it was begun.
+    """
+    if known.run_id is None:
+        return (
+            f"lost_stores: no record of the run is left, and nobody remembers one with this input: "
+            f"begun as run {run_id}"
+        )
+    return (
+        f"lost_stores: no record of the run is left but what peers remember of run {run_id}: an "
+        "effect that none of them has seen is in doubt, and so is what was not theirs to see"
+    )
+
+
 def unheard(coverage: Mapping[str, Any] | None) -> list[str]:
     """Return who was asked and has not told what it remembers; pure."""
     if coverage is None:

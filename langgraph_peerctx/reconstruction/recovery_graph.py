@@ -62,7 +62,13 @@ from langgraph_peerctx.reconstruction.incident import (
     tell,
     timed,
 )
-from langgraph_peerctx.reconstruction.lost_stores import LostStores, Remembered, remembered, unheard
+from langgraph_peerctx.reconstruction.lost_stores import (
+    LostStores,
+    Remembered,
+    remembered,
+    said_of,
+    unheard,
+)
 from langgraph_peerctx.reconstruction.report import Noticed
 from langgraph_peerctx.reconstruction.resume import (
     Admitted,
@@ -293,6 +299,7 @@ class RecoverySteps:
         self.plan = plan
         self.final_state: Any = None
         self.error: Exception | None = None
+        self._of_the_lost: tuple[str, ...] = ()
         settings, source = plan.settings, plan.source
         self._position = Position(settings, source, plan.thread.epoch if plan.thread else 0)
         self._request = RequestContext(plan.limits, settings, source)
@@ -585,7 +592,7 @@ class RecoverySteps:
             evidence = {**evidence, "effects": [effect_json(effect) for effect in effects]}
         ending = conclude(plan.workflow, decision, delivery, outcome, before=before, after=after)
         undelivered = delivery.shortfalls if plan.use_peer_context else ()
-        shortfalls = [*evidence["reasons"], *undelivered, *ending.shortfalls]
+        shortfalls = [*evidence["reasons"], *undelivered, *ending.shortfalls, *self._of_the_lost]
         self._warn(state, shortfalls)
         self.final_state = ending.final_state
         steps = [*state["steps"], step.record, verified.record]
@@ -633,6 +640,8 @@ class RecoverySteps:
             **options,
         )
         async with beginning as begun:
+            run_id = str((begun.place.get("metadata") or {}).get("run_id"))
+            self._of_the_lost = (said_of(known, run_id),)
             outcome = await resume_workflow(begun.workflow, begun.place, delivery, **options)
             begun.error = outcome.error
             return outcome

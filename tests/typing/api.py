@@ -11,11 +11,13 @@ from langgraph_peerctx import (
     AgentFailure,
     AgentReconstructor,
     ContextRequestHandler,
+    EffectTicket,
     EmbeddedBroker,
     EventStore,
     FencedCheckpointer,
     Incident,
     Interaction,
+    InteractionRecorder,
     KafkaConfig,
     KafkaMessageConsumer,
     KafkaMessageProducer,
@@ -26,16 +28,21 @@ from langgraph_peerctx import (
     PeerContextSettings,
     PeerContextState,
     ProcessState,
+    Receiver,
     Reconstruction,
     RecoveryResult,
     RecoverySupervisor,
     Run,
+    Settled,
     SupervisedWorkflow,
     aanswer_recovery,
     arecord_interaction,
     create_ask_peers_tool,
     create_peer_context_subgraph,
     create_recovery_graph,
+    current_effect,
+    effect,
+    explain_reconstruction,
     get_service_manager,
     merge_peer_context,
     own_runs,
@@ -172,3 +179,51 @@ async def supervising(workflow: Any) -> Incident:
         result: RecoveryResult = await supervisor.recover("product-agent-1", "thread-1")
     del states, result
     return await aanswer_recovery("5e0c", True)  # noqa: FBT003 - the answer
+
+
+async def order(product: str, count: int) -> dict[str, int]:
+    return {product: count, **{name: len(v) for name, v in ticket_as_headers().items()}}
+
+
+def ticket_as_headers() -> dict[str, str]:
+    return current_effect().as_headers()
+
+
+def look(ticket: EffectTicket) -> Settled:
+    return Settled.happened({"number": 1}) if ticket.epoch else Settled.unknown()
+
+
+@effect(lambda product, **_: f"note-{product}", scope="thread", if_unknown="retry")
+def note(product: str, *, loud: bool = False) -> str:
+    return product.upper() if loud else product
+
+
+async def with_effects() -> tuple[dict[str, int], str]:
+    reply: dict[str, int] = await effect(
+        "order", order, "umbrella", 3, peer="inventory-agent", not_done_on=(ConnectionRefusedError,)
+    )
+    again: dict[str, int] = await effect("again", order, "lantern", 1, check=look)
+    said: str = note("umbrella", loud=True)
+    return {**reply, **again}, said
+
+
+async def received(headers: dict[str, str]) -> Any:
+    receiver = await Receiver.acreate("inventory-agent")
+    async with receiver.areceive(EffectTicket.from_headers(headers)) as receipt:
+        if receipt.is_first:
+            receipt.reply = {"number": 7}
+    return receipt.reply
+
+
+async def recorded(workflow: Any) -> Reconstruction:
+    recorder = InteractionRecorder("product-agent-1", peers={"ask": "marketing-agent-1"})
+    async with (
+        peer_context_lifespan(recorders=[recorder]),
+        owned(workflow, agent_id="product-agent-1", thread_id="t", recorder=recorder) as run,
+    ):
+        await run.ainvoke({"topic": "umbrella"})
+    recorder.close()
+    found = await AgentReconstructor(workflow=workflow).reconstruct_async("product-agent-1", "t")
+    text: str = str(explain_reconstruction(found))
+    del text
+    return found
