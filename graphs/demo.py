@@ -1,10 +1,10 @@
 """Watch agents be lost and their work go on: `make demo`, or `python -m graphs.demo`.
 
 Three agents in three processes launch a product together. In the first act the product agent is
-killed by `kill -9` in the middle of a step, after its peer has acted and before anything of it was
-stored. In the second it is frozen there, replaced, and thawed. Nobody calls a recovery: a
-supervisor notices, takes the launch over, asks the peers what they remember, and finishes it.
-Beside that, the same launch runs undisturbed. The exit code is 0 if all end equal, nothing was
+killed by `kill -9` in the middle of a step: its peer has made the campaign and has answered, and
+the answer is not written down. In the second it is frozen there, replaced, and thawed. Nobody calls
+a recovery: a supervisor notices, takes the launch over, asks the peers what was done, and finishes
+it. Beside that, the same launch runs undisturbed. The exit code is 0 if all end equal, nothing was
 ordered twice, and the frozen one was refused when it came back.
 """
 
@@ -17,7 +17,6 @@ import sqlite3
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Column, Table
 
+from graphs.team.peers import times_done
 from graphs.team.scenario import (
     INVENTORY,
     MARKETING,
@@ -40,14 +40,14 @@ from graphs.team.scenario import (
     Scenario,
     mail_topic,
 )
-from langgraph_peerctx import EmbeddedBroker, EventStore, KafkaConfig
+from langgraph_peerctx import EmbeddedBroker, KafkaConfig
 from langgraph_peerctx.messaging.kafka_transport import KafkaTransport
 from langgraph_peerctx.messaging.topics import topics_for
 from langgraph_peerctx.messaging.transport import TopicSpec
 
 DEADLINE_SECONDS = 60.0
 """It takes about 15 s on two cores."""
-STEP_OF_LOSS = "advertise"
+EFFECT_OF_LOSS = "campaign"
 COLOURS = {
     PRODUCT: "cyan",
     MARKETING: "magenta",
@@ -56,6 +56,12 @@ COLOURS = {
     SENTINEL: "blue",
 }
 KNOWN_BECAUSE = {"died": "the sentinel saw it end", "silent": "silent, its lease ran out"}
+IN_DOUBT = {"reserve": "were the units reserved?", "campaign": "was the campaign made?"}
+VERDICTS = {
+    "seen": "yes, and repeats its answer",
+    "not_seen": "no, and from who is gone it takes none any more",
+    "cannot_tell": "nobody can tell",
+}
 CLAIMED, RESUMED = "load_checkpoint", "resume_workflow"
 """The steps of a recovery before which the launch is claimed, and with which it goes on."""
 MOMENTS = {
@@ -107,13 +113,14 @@ class Story:
             "ready": self._ready,
             "asking": lambda e: f"asks {e['peer']}: {e['kind']}",
             "work": lambda e: f"does what it was asked for: [bold]{e['kind']}[/]",
+            "done_already": lambda e: f"has done it already: {e['kind']}",
             "answered": lambda e: f"has {e['peer']}'s answer",
-            "dawdling": lambda e: f"is in the middle of [bold]{e['step']}[/], nothing stored of it",
+            "dawdling": lambda e: f"has not written it down yet: [bold]{e['kind']}[/]",
             "step": lambda e: f"step done: {e['step']}",
-            "remembered": lambda e: f"does not ask again: {e['by']} remembers it",
             "known": self._known,
             "recovery": self._claimed,
             "answer": self._answer,
+            "in_doubt": self._in_doubt,
             "final": self._final,
             "refused": lambda e: f"[bold red]refused[/]: {e['error']}, {escape(e['why'])}",
             "logged": lambda e: f"[dim]logs: {escape(e['text'])}[/]",
@@ -135,6 +142,12 @@ class Story:
     def _answer(self, event: Event) -> str:
         return f"{event['peer']} remembers {len(event['told'])} interactions"
 
+    def _in_doubt(self, event: Event) -> str:
+        name = event["effect_key"].partition("@")[0]
+        self.tell(SUPERVISOR, f"[bold]in doubt[/]: {IN_DOUBT[name]}")
+        self.tell(event["agent_id"], f"says: {VERDICTS[event['verdict']]}")
+        return ""
+
     def _final(self, event: Event) -> str:
         if "status" not in event:
             return "[bold]finished[/]"
@@ -151,7 +164,7 @@ class Takeover:
     Attributes:
         blow_at: When the process was struck, by the clock that all share.
         said: What the supervisor said since.
-        orders: Peer -> how often it was asked to act in this launch.
+        orders: Peer -> how often it has really done something in this launch.
         refused: What the lost process said when it came back, if it could.
     """
 
@@ -188,11 +201,13 @@ class Outcome:
 
     Attributes:
         uninterrupted: The final state of the launch that nobody disturbed.
+        orders: Peer -> how often it has really done something in that.
         killed: The launch whose process was killed.
         frozen: The launch whose process was frozen and came back.
     """
 
     uninterrupted: dict[str, Any]
+    orders: dict[str, int]
     killed: Takeover
     frozen: Takeover
 
@@ -205,7 +220,7 @@ class Outcome:
                 found.append(f"the {name} launch is {takeover.final['status']}")
             if not self.is_equal(takeover):
                 found.append(f"the {name} launch ended in another state")
-            if any(count != 1 for count in takeover.orders.values()):
+            if takeover.orders != self.orders:
                 found.append(f"the {name} launch ordered {takeover.orders}")
         refused = self.frozen.refused or {}
         if refused.get("error") != "StaleOwnerError":
@@ -245,6 +260,11 @@ class Member:
                 raise RuntimeError(f"{self.role} ended before it said {event!r}")
             self._more.clear()
             await self._more.wait()
+
+    def go_on(self) -> None:
+        """Tell the process not to wait any more."""
+        assert self.process.stdin is not None  # noqa: S101 - we asked for a pipe
+        self.process.stdin.write(b"\n")
 
     async def end(self) -> None:
         """End the process, frozen or not, and wait until it is gone."""
@@ -304,28 +324,30 @@ async def play(scenario: Scenario, story: Story) -> Outcome:
             started = [await stack.enter_async_context(member(r, scenario, story)) for r in roles]
             await asyncio.gather(*(each.until("ready") for each in started))
         supervisor = started[-1]
+        calm, orders = await undisturbed(scenario, story)
         return Outcome(
-            uninterrupted=await undisturbed(scenario, story),
+            uninterrupted=calm,
+            orders=orders,
             killed=await killed(scenario, story, supervisor),
             frozen=await frozen(scenario, story, supervisor),
         )
 
 
-async def undisturbed(scenario: Scenario, story: Story) -> dict[str, Any]:
-    """Run a launch that nobody disturbs; return its final state."""
+async def undisturbed(scenario: Scenario, story: Story) -> tuple[dict[str, Any], dict[str, int]]:
+    """Run a launch that nobody disturbs; return its final state, and what its peers did."""
     story.begin("a launch that nobody disturbs")
-    async with member(PRODUCT, scenario, story, thread("calm")) as agent:
+    thread_id = thread("calm")
+    async with member(PRODUCT, scenario, story, thread_id) as agent:
         final = await agent.until("final")
         await agent.process.wait()  # it leaves by itself
-    state: dict[str, Any] = final["state"]
-    return state
+    return final["state"], orders_in(scenario, thread_id)
 
 
 async def killed(scenario: Scenario, story: Story, supervisor: Member) -> Takeover:
     """Kill a launch's process; the supervisor finishes the launch."""
     story.begin("act one: the same launch, and a kill")
     thread_id = thread("killed")
-    async with member(PRODUCT, scenario, story, thread_id, STEP_OF_LOSS) as agent:
+    async with member(PRODUCT, scenario, story, thread_id, EFFECT_OF_LOSS) as agent:
         await agent.until("dawdling")
         blow_at = time.monotonic()
         agent.process.kill()
@@ -342,13 +364,14 @@ async def frozen(scenario: Scenario, story: Story, supervisor: Member) -> Takeov
     """Freeze a launch's process; the supervisor finishes the launch, and then it comes back."""
     story.begin("act two: the same launch, and a freeze")
     thread_id = thread("frozen")
-    async with member(PRODUCT, scenario, story, thread_id, STEP_OF_LOSS) as agent:
+    async with member(PRODUCT, scenario, story, thread_id, EFFECT_OF_LOSS) as agent:
         await agent.until("dawdling")
         blow_at = await freeze(agent.process, scenario)
         story.strike(PRODUCT, f"frozen (kill -STOP {agent.process.pid})", at=blow_at)
         await supervisor.until("final", thread_id=thread_id)
         said = since(blow_at, supervisor.said)
         agent.process.send_signal(signal.SIGCONT)
+        agent.go_on()
         story.tell(PRODUCT, f"[bold]thawed[/] (kill -CONT {agent.process.pid}), and goes on")
         refused = await agent.until("refused")
         await agent.process.wait()
@@ -362,18 +385,19 @@ async def freeze(process: asyncio.subprocess.Process, scenario: Scenario) -> flo
     while True:
         blow_at = time.monotonic()
         process.send_signal(signal.SIGSTOP)
-        if not await asyncio.to_thread(is_locked, scenario.control):
+        shared = (scenario.control, scenario.checkpoints)
+        if not any([await asyncio.to_thread(is_locked, database) for database in shared]):
             return blow_at
         # Frozen inside a commit to SQLite, it would keep the file from everybody.
         process.send_signal(signal.SIGCONT)
         await asyncio.sleep(0.05)
 
 
-def is_locked(url: str) -> bool:
+def is_locked(database: str) -> bool:
     """Tell whether somebody keeps others from writing to an SQLite file."""
-    if not url.startswith("sqlite:///"):
+    if database.startswith("postgresql"):
         return False
-    file = url.removeprefix("sqlite:///")
+    file = database.removeprefix("sqlite:///")
     with contextlib.closing(sqlite3.connect(file, timeout=0.2)) as connection:
         try:
             connection.execute("BEGIN IMMEDIATE")
@@ -411,16 +435,8 @@ def moment_of(event: Event) -> float:
 
 
 def orders_in(scenario: Scenario, thread_id: str) -> dict[str, int]:
-    """Return how often each peer was asked to act in a thread."""
-    return {peer: orders_of(scenario, peer, thread_id) for peer in PEERS}
-
-
-def orders_of(scenario: Scenario, peer: str, thread_id: str) -> int:
-    """Return how often a peer was asked to act in a thread, by its own event store."""
-    with EventStore(scenario.stores[peer]) as store:
-        seen = store.interactions_of(peer, thread_id=thread_id)
-    kinds = Counter(interaction.kind for interaction in seen)
-    return sum(count for kind, count in kinds.items() if not kind.endswith("-done"))
+    """Return how often each peer has really done something in a thread, by its own books."""
+    return {peer: times_done(scenario.stores[peer], peer, thread_id) for peer in PEERS}
 
 
 def without_context(state: dict[str, Any]) -> dict[str, Any]:
@@ -431,7 +447,8 @@ def without_context(state: dict[str, Any]) -> dict[str, Any]:
 def show(outcome: Outcome, console: Console) -> None:
     """Show who knew what, how fast it went, and the ends side by side."""
     console.print()
-    for table in (known_by_peers(outcome.killed), times(outcome), ends(outcome)):
+    killed = outcome.killed
+    for table in (known_by_peers(killed), settled(killed), times(outcome), ends(outcome)):
         console.print(table)
     if outcome.shortfalls:
         console.print(Panel(f"[bold red]{escape('; '.join(outcome.shortfalls))}[/]", expand=False))
@@ -443,8 +460,18 @@ def known_by_peers(takeover: Takeover) -> Table:
     """Return what the peers contributed."""
     table = Table("peer", "what it remembered", "kind", title="what the peers contributed")
     for peer, told in sorted(takeover.told.items()):
-        for interaction in reversed(told):
+        letters = (i for i in reversed(told) if i["kind"] != "effect")  # a receipt repeats them
+        for interaction in letters:
             table.add_row(peer, json.dumps(interaction["payload"]), interaction["kind"])
+    return table
+
+
+def settled(takeover: Takeover) -> Table:
+    """Return what became of each effect, and who says so."""
+    table = Table("effect", "peer", "attempts", "outcome", title="what became of the effects")
+    for effect in takeover.final["effects"]:
+        known = {"own": "written down", "peer": "the peer's word"}.get(effect["source"])
+        table.add_row(effect["name"], effect["peer"], str(effect["attempt"]), known)
     return table
 
 
@@ -466,7 +493,8 @@ def ends(outcome: Outcome) -> Table:
     for name, value in without_context(outcome.uninterrupted).items():
         table.add_row(name, str(value), *(str(t.final["state"].get(name)) for t in lost))
     for peer in PEERS:
-        table.add_row(f"orders to {peer}", "1", *(str(t.orders[peer]) for t in lost))
+        counts = (outcome.orders, *(t.orders for t in lost))
+        table.add_row(f"done by {peer}", *(str(count[peer]) for count in counts))
     return table
 
 

@@ -1,7 +1,8 @@
 """How the agents work with each other: letters over the broker, and answers to them.
 
 This is the team's own business, beside the package: an application has its own way. What matters
-is that each agent records what passes, in its own event store.
+is that each agent records what passes, in its own event store, and that a letter that asks for
+something carries the ticket of the effect.
 """
 
 import asyncio
@@ -12,7 +13,7 @@ from typing import Any
 from uuid import uuid4
 
 from graphs.team.scenario import mail_topic
-from langgraph_peerctx import EventStore, arecord_interaction
+from langgraph_peerctx import EffectTicket, EventStore, StaleOwnerError, arecord_interaction
 from langgraph_peerctx.messaging.transport import Record, Transport
 
 ANSWER_SECONDS = 20.0
@@ -20,7 +21,12 @@ ANSWER_SECONDS = 20.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Letter:
-    """One message between two agents; `effect_key` names the side effect that it asks for."""
+    """One message between two agents.
+
+    Attributes:
+        answers: The letter that it answers, if it does.
+        ticket: Names the effect that it asks for; an answer has none.
+    """
 
     letter_id: str
     answers: str | None
@@ -28,8 +34,8 @@ class Letter:
     recipient: str
     thread_id: str
     kind: str
-    effect_key: str
     payload: dict[str, Any]
+    ticket: dict[str, Any]
 
 
 class Mailbox:
@@ -39,7 +45,8 @@ class Mailbox:
         agent_id: Whose mailbox.
         transport: Borrowed, started.
         store: The agent's own event store: everything in and out is recorded.
-        handle: Does what a letter asks for, and returns what to answer.
+        handle: Does what a letter asks for, and returns what to answer; or refuses it, with
+            `StaleOwnerError`.
     """
 
     def __init__(
@@ -67,26 +74,30 @@ class Mailbox:
         while True:
             letter = await self._letters.get()
             await self._record(letter)
-            payload = await self._handle(letter)
-            await self._send(_answer(letter, payload))
+            try:
+                answer = _answer(letter, "done", await self._handle(letter))
+            except StaleOwnerError as error:
+                answer = _answer(letter, "refused", {"why": str(error)})
+            await self._send(answer)
 
     async def ask(
-        self, recipient: str, kind: str, *, thread_id: str, effect_key: str, **payload: Any
+        self, recipient: str, kind: str, payload: dict[str, Any], ticket: EffectTicket
     ) -> dict[str, Any]:
         """Send a letter and wait for the answer.
 
         Raises:
             TimeoutError: If there is none within 20 s.
+            StaleOwnerError: If it is refused: the thread has another owner by now.
         """
         letter = Letter(
             letter_id=uuid4().hex,
             answers=None,
             sender=self._agent_id,
             recipient=recipient,
-            thread_id=thread_id,
+            thread_id=ticket.thread_id,
             kind=kind,
-            effect_key=effect_key,
             payload=payload,
+            ticket=ticket.as_field(),
         )
         answered: asyncio.Future[Letter] = asyncio.get_running_loop().create_future()
         self._waiting[letter.letter_id] = answered
@@ -94,6 +105,8 @@ class Mailbox:
         async with asyncio.timeout(ANSWER_SECONDS):
             answer = await answered
         await self._record(answer)
+        if answer.kind == f"{kind}-refused":
+            raise StaleOwnerError(answer.payload["why"])
         return answer.payload
 
     def _take(self, record: Record) -> None:
@@ -111,6 +124,7 @@ class Mailbox:
         await self._transport.send(mail_topic(letter.recipient), json.dumps(body).encode())
 
     async def _record(self, letter: Letter) -> None:
+        """Record a letter, and not under the effect's key: only a receipt says that it was done."""
         await arecord_interaction(
             agent_id=self._agent_id,
             from_agent=letter.sender,
@@ -119,19 +133,18 @@ class Mailbox:
             kind=letter.kind,
             payload=letter.payload,
             interaction_id=letter.letter_id,
-            effect_key=letter.effect_key,
             store=self._store,
         )
 
 
-def _answer(letter: Letter, payload: dict[str, Any]) -> Letter:
+def _answer(letter: Letter, end: str, payload: dict[str, Any]) -> Letter:
     return Letter(
         letter_id=uuid4().hex,
         answers=letter.letter_id,
         sender=letter.recipient,
         recipient=letter.sender,
         thread_id=letter.thread_id,
-        kind=f"{letter.kind}-done",
-        effect_key=letter.effect_key,
+        kind=f"{letter.kind}-{end}",
         payload=payload,
+        ticket={},
     )

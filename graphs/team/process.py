@@ -1,7 +1,9 @@
-"""One process of the team: `python -m graphs.team.process ROLE SCENARIO [THREAD [DAWDLE_IN]]`.
+"""One process of the team: `python -m graphs.team.process ROLE SCENARIO [THREAD [DAWDLE_AT]]`.
 
 Roles: `inventory-agent` and `marketing-agent` serve until they are ended, `product-agent` runs one
 launch, `supervisor` finishes the launches whose process is lost, `sentinel` sees processes die.
+With DAWDLE_AT the launch does not write down what came of that effect until it is told to go on, by
+a line on its input.
 """
 
 import asyncio
@@ -11,10 +13,10 @@ import sys
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from functools import partial
 
-from graphs.team.mail import Letter, Mailbox
-from graphs.team.peers import inventory_workflow, marketing_workflow
+from graphs.team.mail import Mailbox
+from graphs.team.peers import do_once, inventory_workflow, marketing_workflow
 from graphs.team.product import Launch, Steps, product_workflow
 from graphs.team.scenario import (
     INVENTORY,
@@ -31,6 +33,7 @@ from langgraph_peerctx import (
     EventStore,
     PeerContextRuntime,
     PeerContextSettings,
+    Receiver,
     RecoveryResult,
     RecoverySupervisor,
     StaleOwnerError,
@@ -52,23 +55,26 @@ WATCHED_SECONDS = 5.0
 async def peer(agent_id: str, scenario: Scenario) -> None:
     """Serve letters, and answer what is asked about a lost colleague."""
     workflow = inventory_workflow() if agent_id == INVENTORY else marketing_workflow()
-
-    async def handle(letter: Letter) -> dict[str, Any]:
-        say("work", kind=letter.kind, thread_id=letter.thread_id)
-        result: dict[str, Any] = await workflow.ainvoke(letter.payload)
-        return result
-
     settings = scenario.settings_of(agent_id)
     async with connected(settings) as (transport, store):
-        mailbox = Mailbox(agent_id, transport, store, handle)
+        receiver = await Receiver.acreate(agent_id, store=store)
+        mailbox = Mailbox(agent_id, transport, store, partial(do_once, receiver, workflow))
         await mailbox.open()
         async with AgentContextService(agent_id, settings=settings, store=store):
             say("ready")
             await mailbox.serve()
 
 
-async def product(scenario: Scenario, thread_id: str, dawdle_in: str | None) -> None:
-    """Run one launch as its owner; with `dawdle_in` it is meant to be disturbed there."""
+async def product(
+    scenario: Scenario, thread_id: str, dawdle_at: str, told: threading.Event
+) -> None:
+    """Run one launch as its owner; with `dawdle_at` it is meant to be disturbed there."""
+
+    async def dawdle(kind: str) -> None:
+        if kind == dawdle_at:
+            say("dawdling", kind=kind)
+            await asyncio.to_thread(told.wait)
+
     settings = scenario.settings_of(PRODUCT)
     async with (
         connected(settings) as (transport, store),
@@ -77,7 +83,7 @@ async def product(scenario: Scenario, thread_id: str, dawdle_in: str | None) -> 
     ):
         mailbox = Mailbox(PRODUCT, transport, store)
         await mailbox.open()
-        workflow = product_workflow(Steps(mailbox, dawdle_in), checkpointer)
+        workflow = product_workflow(Steps(mailbox, dawdle), checkpointer)
         async with owned(workflow, agent_id=PRODUCT, thread_id=thread_id) as run:
             say("ready", watched_by=await until_watched(runtime, settings))
             try:
@@ -144,16 +150,19 @@ def tell_step(step: StepRecord) -> None:
 
 
 def tell_answer(answer: ContextResponse) -> None:
-    """Tell what a peer remembers."""
+    """Tell what a peer remembers, and what it says of an effect in doubt."""
     told = [i.model_dump(mode="json") for a in answer.agents for i in a.interactions]
     say("answer", thread_id=answer.thread_id, peer=answer.responder_id, told=told)
+    for word in answer.in_doubt:
+        say("in_doubt", thread_id=answer.thread_id, **word.model_dump(mode="json"))
 
 
 def tell_recovery(failure: AgentFailure, result: RecoveryResult) -> None:
     """Tell how it ended."""
     names = ("status", "degraded", "reasons", "peer_context_used")
     told = {name: result[name] for name in names}  # type: ignore[literal-required]  # all are there
-    say("final", thread_id=failure.thread_id, state=result["final_state"], **told)
+    effects = result["incident"]["effects"]
+    say("final", thread_id=failure.thread_id, state=result["final_state"], effects=effects, **told)
 
 
 @asynccontextmanager
@@ -178,20 +187,21 @@ class Told(logging.Handler):
         say("logged", text=self.format(record))
 
 
-def end_with_whoever_started_us() -> None:
-    """End when our input does: nobody would be left to end us."""
+def listen(told: threading.Event) -> None:
+    """Listen to whoever started us, and end when they do: nobody would be left to end us."""
     while os.read(0, 64):  # not sys.stdin: its lock would outlive the interpreter's end
-        pass
+        told.set()
     os._exit(1)
 
 
-def main(role: str, scenario_json: str, thread_id: str = "", dawdle_in: str = "") -> None:
+def main(role: str, scenario_json: str, thread_id: str = "", dawdle_at: str = "") -> None:
     """Do one role's work until it is done, or until somebody ends the process."""
-    threading.Thread(target=end_with_whoever_started_us, daemon=True).start()
+    told = threading.Event()
+    threading.Thread(target=listen, args=[told], daemon=True).start()
     logging.getLogger().addHandler(Told())
     scenario = Scenario.from_json(scenario_json)
     if role == PRODUCT:
-        asyncio.run(product(scenario, thread_id, dawdle_in or None))
+        asyncio.run(product(scenario, thread_id, dawdle_at, told))
     elif role == SUPERVISOR:
         asyncio.run(supervisor(scenario))
     elif role == SENTINEL:

@@ -1,21 +1,16 @@
 """The agent that dies, or is frozen: it launches a product with the help of its two peers."""
 
-import asyncio
+from collections.abc import Awaitable, Callable
 from itertools import pairwise
 from typing import Any
 
-from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.graph import END, START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 
 from graphs.team.mail import Mailbox
 from graphs.team.scenario import INVENTORY, MARKETING, say
-from langgraph_peerctx import PeerContextState
-
-WORK_SECONDS = 3.0
-"""How long the step that is disturbed goes on working after its peer has answered: about as long as
-a lease lives here, so that a frozen process has little left to do when it is thawed."""
+from langgraph_peerctx import PeerContextState, current_effect, effect
 
 
 class Launch(PeerContextState, total=False):
@@ -33,57 +28,48 @@ class Steps:
 
     Args:
         mailbox: The way to the peers.
-        dawdle_in: The step that goes on working for a while after its peer has answered.
+        on_answer: Is awaited when an answer has come, before it is written down.
     """
 
-    def __init__(self, mailbox: Mailbox, dawdle_in: str | None = None) -> None:
+    def __init__(
+        self, mailbox: Mailbox, on_answer: Callable[[str], Awaitable[None]] | None = None
+    ) -> None:
         self._mailbox = mailbox
-        self._dawdle_in = dawdle_in
+        self._on_answer = on_answer
 
     async def plan(self, state: Launch) -> Launch:
         """Decide how many units."""
-        await self._finished("plan")
+        say("step", step="plan")
         return {"units": state.get("units", 3)}
 
-    async def reserve(self, state: Launch, config: RunnableConfig) -> Launch:
+    async def reserve(self, state: Launch) -> Launch:
         """Have the inventory agent reserve them."""
-        wanted = {"product": state["product"], "units": state["units"]}
-        reply = await self._asked(state, INVENTORY, "reserve", config, **wanted)
-        await self._finished("reserve")
+        order = {"product": state["product"], "units": state["units"]}
+        reply = await effect("reserve", self._order, INVENTORY, order, peer=INVENTORY)
+        say("step", step="reserve")
         return {"shelf": reply["shelf"]}
 
-    async def advertise(self, state: Launch, config: RunnableConfig) -> Launch:
+    async def advertise(self, state: Launch) -> Launch:
         """Have the marketing agent make a campaign."""
-        reply = await self._asked(state, MARKETING, "campaign", config, product=state["product"])
-        await self._finished("advertise")
+        order = {"product": state["product"]}
+        reply = await effect("campaign", self._order, MARKETING, order, peer=MARKETING)
+        say("step", step="advertise")
         return {"slogan": reply["slogan"]}
 
     async def launch(self, state: Launch) -> Launch:  # noqa: ARG002 - what LangGraph passes
         """Launch."""
-        await self._finished("launch")
+        say("step", step="launch")
         return {"launched": True}
 
-    async def _asked(
-        self, state: Launch, peer: str, kind: str, config: RunnableConfig, **payload: Any
-    ) -> dict[str, Any]:
-        """Ask a peer, unless it remembers having done it already."""
-        thread_id = config["configurable"]["thread_id"]
-        effect_key = f"{kind}:{thread_id}"
-        if (done := remembered(state, kind, effect_key)) is not None:
-            say("remembered", kind=kind, by=peer)
-            return done
-        say("asking", kind=kind, peer=peer)
-        reply = await self._mailbox.ask(
-            peer, kind, thread_id=thread_id, effect_key=effect_key, **payload
-        )
-        say("answered", kind=kind, peer=peer)
+    async def _order(self, peer: str, order: dict[str, Any]) -> dict[str, Any]:
+        """Send an order to a peer, with the ticket of the effect that it is."""
+        ticket = current_effect()
+        say("asking", kind=ticket.name, peer=peer)
+        reply = await self._mailbox.ask(peer, ticket.name, order, ticket)
+        say("answered", kind=ticket.name, peer=peer)
+        if self._on_answer is not None:
+            await self._on_answer(ticket.name)
         return reply
-
-    async def _finished(self, step: str) -> None:
-        if step == self._dawdle_in:
-            say("dawdling", step=step)
-            await asyncio.sleep(WORK_SECONDS)
-        say("step", step=step)
 
 
 def product_workflow(
@@ -98,11 +84,3 @@ def product_workflow(
     for before, after in pairwise((START, "plan", "reserve", "advertise", "launch", END)):
         builder.add_edge(before, after)
     return builder.compile(checkpointer=checkpointer, name="product")
-
-
-def remembered(state: Launch, kind: str, effect_key: str) -> dict[str, Any] | None:
-    """Return what a peer answered before the crash, if a recovery brought it home."""
-    for fact in state.get("peer_context", {}).values():
-        if fact.get("kind") == f"{kind}-done" and fact.get("effect_key") == effect_key:
-            return dict(fact["payload"])
-    return None

@@ -29,9 +29,11 @@ FINAL = {
     "peer_context": {},
 }
 TOLD = {
-    INVENTORY: {"reserve", "reserve-done"},
-    MARKETING: {"campaign", "campaign-done"},
+    INVENTORY: {"reserve", "effect", "reserve-done"},
+    MARKETING: {"campaign", "effect", "campaign-done"},
 }
+SETTLED = [("reserve", "done", "own", 1), ("campaign", "done", "peer", 1)]
+"""Nothing of act one and two is tried twice; of the campaign its peer tells."""
 ONCE = {INVENTORY: 1, MARKETING: 1}
 ORDER = ["known", "claimed", "answers", "resumed", "finished"]
 
@@ -45,6 +47,7 @@ def short_folder() -> Iterator[str]:
 
 def check(outcome: Outcome, scenario: Scenario, *, sources: set[str]) -> None:
     assert outcome.uninterrupted == FINAL
+    assert outcome.orders == ONCE
     for takeover in (outcome.killed, outcome.frozen):
         check_takeover(takeover, sources=sources)
         assert outcome.is_equal(takeover)
@@ -63,9 +66,13 @@ def check_takeover(takeover: Takeover, *, sources: set[str]) -> None:
     assert final["peer_context_used"]
     assert final["reasons"] == []
     assert takeover.orders == ONCE
+    effects = [(e["name"], e["status"], e["source"], e["attempt"]) for e in final["effects"]]
+    assert effects == SETTLED
+    assert "asking" not in {event["event"] for event in takeover.said}
     facts = final["state"]["peer_context"].values()
     assert {fact["kind"] for fact in facts} == set().union(*TOLD.values())
-    assert {fact["source"] for fact in facts} == sources
+    assert {fact["source"] for fact in facts if fact["kind"] != "effect"} == sources
+    assert {fact["source"] for fact in facts if fact["kind"] == "effect"} == {"peer"}
     assert all(fact["occurred_at"] for fact in facts)
     told = {peer: {i["kind"] for i in said} for peer, said in takeover.told.items()}
     assert told == TOLD
@@ -101,7 +108,8 @@ def test_make_demo_ends_well_on_the_embedded_broker_and_sqlite(
     assert main() == 0
     shown, complaints = capfd.readouterr()
     shown = re.sub(r"[\s│]+", " ", shown)
-    for words in ("kill -9", "the sentinel saw it end", "does not ask again"):
+    doubt = ("in doubt: was the campaign made?", "marketing-agent says: yes")
+    for words in ("kill -9", "the sentinel saw it end", *doubt):
         assert words in shown.partition("act two")[0]
     for words in ("kill -STOP", "its lease ran out", "kill -CONT", "refused: StaleOwnerError"):
         assert words in shown.partition("act two")[2]
@@ -145,7 +153,7 @@ def test_lost_agents_are_replaced_over_kafka_with_postgresql_and_no_sentinel(
     [
         pytest.param(signal.SIGINT, "frozen (kill -STOP", 130, id="Ctrl-C"),
         pytest.param(signal.SIGTERM, "process", 130, id="told to end"),
-        pytest.param(signal.SIGKILL, "in the middle of", -9, id="killed"),
+        pytest.param(signal.SIGKILL, "has not written it down", -9, id="killed"),
     ],
 )
 def test_a_demo_that_is_broken_off_leaves_no_process_behind(
@@ -174,7 +182,12 @@ def takeover(**changes: Any) -> Takeover:
 
 
 REFUSED = {"error": "StaleOwnerError", "state": FINAL}
-GOOD = Outcome(uninterrupted=FINAL, killed=takeover(), frozen=replace(takeover(), refused=REFUSED))
+GOOD = Outcome(
+    uninterrupted=FINAL,
+    orders=ONCE,
+    killed=takeover(),
+    frozen=replace(takeover(), refused=REFUSED),
+)
 TWICE = ONCE | {MARKETING: 2}
 
 
