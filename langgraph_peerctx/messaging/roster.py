@@ -19,6 +19,8 @@ from langgraph_peerctx.protocol.messages import DeathNotice, Heartbeat
 _logger = logging.getLogger(__name__)
 
 MAX_MEMBERS = 10_000
+MAX_NOTICES = 1_000
+"""About lives that were never heard; the oldest are dropped."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -55,6 +57,19 @@ class Member:
         return not self.has_left and self.died_at is None and self.phi(now) < THRESHOLD
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Notice:
+    """That a life ended of which no heartbeat was taken.
+
+    Attributes:
+        at: When the word came, by our clock.
+        at_ms: The same by the broker's clock.
+    """
+
+    at: float
+    at_ms: int
+
+
 @dataclass(slots=True, kw_only=True)
 class Roster:
     """Everybody whose heartbeats are heard.
@@ -66,7 +81,8 @@ class Roster:
         clock: Seconds that only rise.
         counters: What was not taken, by reason: `rejected.<fault>`, `stale`, `false_notice`,
             `overrun`.
-        on_notice: Is told of whoever was just said to have died; must not raise, nor block.
+        on_notice: Is told of whoever was just said to have died, by process id and incarnation: it
+            may be nobody's whom we ever heard. It must not raise, nor block.
         on_leave: Is told of whoever just left; must not raise, nor block.
     """
 
@@ -75,9 +91,10 @@ class Roster:
     pause_seconds: float
     clock: Callable[[], float] = time.monotonic
     counters: Counter[str] = field(default_factory=Counter)
-    on_notice: Callable[[Member], None] | None = None
+    on_notice: Callable[[tuple[str, str]], None] | None = None
     on_leave: Callable[[Member], None] | None = None
     _members: dict[tuple[str, str], Member] = field(default_factory=dict)
+    _notices: dict[tuple[str, str], _Notice] = field(default_factory=dict)
     _heard_at: float | None = None
     _hearing_since: float | None = None
     _caught_up: bool = False
@@ -111,9 +128,16 @@ class Roster:
         return self._members.get(key)
 
     def dead(self) -> tuple[str, ...]:
-        """Return the incarnations whose death notice stands, in no order."""
-        dead = (member for member in self._members.values() if member.died_at is not None)
-        return tuple(member.beat.incarnation for member in dead)
+        """Return the incarnations whose death notice stands, in no order; heard or never heard."""
+        dead = [key for key, member in self._members.items() if member.died_at is not None]
+        return tuple(incarnation for _, incarnation in (*dead, *self._notices))
+
+    def died_at(self, key: tuple[str, str]) -> float | None:
+        """Return when word came that one life ended, by our clock; None if no notice stands."""
+        member, notice = self._members.get(key), self._notices.get(key)
+        if member is not None:
+            return member.died_at
+        return None if notice is None else notice.at
 
     def present(self) -> tuple[Member, ...]:
         """Return those who beat; see `Member.is_present`."""
@@ -148,6 +172,8 @@ class Roster:
         if member is not None and beat.sequence <= member.beat.sequence:
             self.counters["stale"] += 1
             return
+        if not self._is_alive(key, record):
+            return
         if member is None:
             if len(self._members) >= MAX_MEMBERS:
                 self.counters["overrun"] += 1
@@ -157,14 +183,6 @@ class Roster:
             )
             member = Member(beat=beat, arrivals=arrivals, at_ms=record.timestamp_ms)
             self._members[key] = member
-        if member.died_at is not None:
-            later_seconds = (record.timestamp_ms - member.died_ms) / 1_000
-            if later_seconds <= self.interval_seconds:  # its last, on the way when it died
-                self.counters["stale"] += 1
-                return
-            self.counters["false_notice"] += 1
-            _logger.warning("%s was said to be dead, and is not", beat.process_id)
-            member.died_at = None
         leaves = beat.leaving and not member.has_left
         member.beat, member.at_ms, member.has_left = beat, record.timestamp_ms, beat.leaving
         if record.was_there:
@@ -179,14 +197,43 @@ class Roster:
         if leaves and self.on_leave is not None:
             self.on_leave(member)
 
+    def _is_alive(self, key: tuple[str, str], record: Record) -> bool:
+        """Tell whether a beat is of a living process; much later, it proves its notice false."""
+        member, notice = self._members.get(key), self._notices.get(key)
+        if member is not None and member.died_at is not None:
+            died_ms = member.died_ms
+        elif notice is not None:
+            died_ms = notice.at_ms
+        else:
+            return True
+        if (record.timestamp_ms - died_ms) / 1_000 <= self.interval_seconds:
+            self.counters["stale"] += 1  # its last, on the way when it died
+            return False
+        self.counters["false_notice"] += 1
+        _logger.warning("%s was said to be dead, and is not", key[0])
+        self._notices.pop(key, None)
+        if member is not None:
+            member.died_at = None
+        return True
+
     def _take_notice(self, notice: DeathNotice, record: Record) -> None:
-        member = self._members.get((notice.process_id, notice.incarnation))
-        if member is None or member.has_left:
+        key, now = (notice.process_id, notice.incarnation), self.clock()
+        member, is_news = self._members.get(key), self.died_at(key) is None
+        if member is None:
+            # It may have died before it could beat, or before what we read of the topic.
+            self._keep(key, _Notice(at=now, at_ms=record.timestamp_ms))
+        elif member.has_left:
             return
-        is_news, member.died_at = member.died_at is None, self.clock()
-        member.died_ms = record.timestamp_ms
+        else:
+            member.died_at, member.died_ms = now, record.timestamp_ms
         if is_news and self.on_notice is not None:
-            self.on_notice(member)
+            self.on_notice(key)
+
+    def _keep(self, key: tuple[str, str], notice: _Notice) -> None:
+        self._notices.pop(key, None)  # said again, it is the newest
+        self._notices[key] = notice
+        if len(self._notices) > MAX_NOTICES:
+            del self._notices[next(iter(self._notices))]
 
     def _date_what_was_there(self, now_ms: int, now: float) -> None:
         """Say how long ago what we had found was stored: by the broker's clock, on both ends."""
@@ -208,8 +255,14 @@ class Roster:
         return self._heard_at is not None and now - self._heard_at <= longest
 
     def _forget_the_gone(self, now: float) -> None:
-        """Drop those of whom nothing was heard for long; their threads are in the database."""
+        """Drop those of whom nothing was heard for long; their threads are in the database.
+
+        A notice about a life that was never heard is kept as long as a silent member is.
+        """
         longest = 20 * (self.pause_seconds + self.interval_seconds)
         for key, member in list(self._members.items()):
             if member.arrivals.last is not None and now - member.arrivals.last > longest:
                 del self._members[key]
+        for key, notice in list(self._notices.items()):
+            if now - notice.at > longest:
+                del self._notices[key]

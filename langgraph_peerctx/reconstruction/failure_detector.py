@@ -140,19 +140,23 @@ class View:
     stuck_seconds: float
 
 
-def judge(lost: LostRun, member: Member | None, view: View) -> Why | None:
+def judge(
+    lost: LostRun, member: Member | None, view: View, *, died_at: float | None = None
+) -> Why | None:
     """Tell why a run needs another owner; None if it does not, or nobody can tell yet.
 
     Args:
         lost: What the database says of it.
         member: Its owner, if a heartbeat of that life is known.
         view: What else is known; the database has answered.
+        died_at: When a notice came of its owner's death, if one stands: it may be all that is known
+            of that life.
     """
     if view.deaf:
         return None
     if lost.owner_incarnation is None:
         return "handed_over"
-    if member is not None and member.died_at is not None:
+    if died_at is not None:
         return "died"
     # What expired in an outage counts as expired since the end of everybody's fresh start.
     expired_seconds = min(-lost.seconds_left, view.settled_seconds)
@@ -170,19 +174,22 @@ def _judge_expired(expired_seconds: float, member: Member | None, view: View) ->
     return "unrenewed" if expired_seconds >= view.silence_seconds else None
 
 
-def state_of(member: Member | None, holder: Holder | None, view: View) -> tuple[State, str]:
+def state_of(
+    member: Member | None, holder: Holder | None, view: View, *, died_at: float | None = None
+) -> tuple[State, str]:
     """Tell how one life of a process is, and why, for people.
 
     Args:
         member: What its heartbeats say; None if none is known.
         holder: Its leases; None if it has none, or the database does not answer.
         view: What else is known.
+        died_at: When a notice came of its death, if one stands; see `judge`.
     """
     if view.deaf:
         return "suspected", "we are in mock mode and hear nobody"
     if member is not None and member.has_left:
         return "left", "it said so"
-    if member is not None and member.died_at is not None:
+    if died_at is not None:
         return "dead", "its sentinel saw it end"
     if member is not None and member.phi(view.now) < THRESHOLD:
         return _state_of_beating(member, view)
@@ -361,7 +368,8 @@ class FailureDetector:
         members = {member.key: member for member in self._roster.members}
         view = self._view(answers=holders is not None)
         return [
-            _row(key, members.get(key), held.get(key), view) for key in sorted({*held, *members})
+            _row(key, members.get(key), held.get(key), view, self._roster.died_at(key))
+            for key in sorted({*held, *members})
         ]
 
     # Looking
@@ -380,7 +388,7 @@ class FailureDetector:
             except TimeoutError:
                 pass
 
-    def _look_soon(self, _member: Member) -> None:
+    def _look_soon(self, _who: Member | tuple[str, str]) -> None:
         self._woken.set()
 
     async def _look(self, *, again: bool = False) -> list[AgentFailure]:
@@ -468,19 +476,21 @@ class FailureDetector:
         self._held_back = {key: why for key, why in self._held_back.items() if key in keys}
         news: list[AgentFailure] = []
         for run in lost:
-            member = self._owner(run)
-            why = judge(run, member, view)
+            member, died_at = self._owner(run)
+            why = judge(run, member, view, died_at=died_at)
             if why is None:
                 self._hold_back(run, view)
             elif again or self._is_due(run, view.now):
                 self._reported[_key(run)] = view.now
-                news.append(_failure(run, member, why, view.now))
+                news.append(_failure(run, member, why, died_at, view.now))
         return news
 
-    def _owner(self, run: LostRun) -> Member | None:
+    def _owner(self, run: LostRun) -> tuple[Member | None, float | None]:
+        """Return what is known of a run's owner: its heartbeats, and when its death was told."""
         if run.owner_id is None or run.owner_incarnation is None:
-            return None
-        return self._roster.member((run.owner_id, run.owner_incarnation))
+            return None, None
+        key = run.owner_id, run.owner_incarnation
+        return self._roster.member(key), self._roster.died_at(key)
 
     def _is_due(self, run: LostRun, now: float) -> bool:
         reported_at = self._reported.get(_key(run))
@@ -520,9 +530,10 @@ def _key(run: LostRun) -> _Key:
     return run.agent_id, run.thread_id, run.epoch, run.owner_incarnation
 
 
-def _failure(run: LostRun, member: Member | None, why: Why, now: float) -> AgentFailure:
+def _failure(
+    run: LostRun, member: Member | None, why: Why, died_at: float | None, now: float
+) -> AgentFailure:
     noticed_at, silent_seconds = datetime.now(UTC), _silent_seconds(member, now)
-    died_at = None if member is None or why != "died" else member.died_at
     known_seconds = 0.0 if died_at is None else max(0.0, now - died_at)
     return AgentFailure(
         agent_id=run.agent_id,
@@ -557,9 +568,13 @@ def _silent_seconds(member: Member | None, now: float) -> float | None:
 
 
 def _row(
-    key: tuple[str, str], member: Member | None, holder: Holder | None, view: View
+    key: tuple[str, str],
+    member: Member | None,
+    holder: Holder | None,
+    view: View,
+    died_at: float | None,
 ) -> ProcessState:
-    state, why = state_of(member, holder, view)
+    state, why = state_of(member, holder, view, died_at=died_at)
     beat = None if member is None else member.beat
     holds = 0 if holder is None else holder.runs
     hosted = () if beat is None else beat.agents

@@ -4,9 +4,11 @@ import signal
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from chaos import trading
 from langgraph.checkpoint.base import id as checkpoint_ids
 from langgraph.checkpoint.postgres.aio import AsyncPostgresSaver
 from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
@@ -45,6 +47,32 @@ class Freezing:
         self._left -= 1
         if self._left == 0:
             stop_here()
+
+
+class Holding:
+    """Stops this process at a place of its effect, however often it is thawed, until it is let go.
+
+    Args:
+        place: Where.
+        gate: A file: when it is there, the process goes on.
+    """
+
+    def __init__(self, place: trading.Place, gate: Path) -> None:
+        self._place = place
+        self._gate = gate
+
+    def __call__(self, _orders: object) -> None:
+        """Arm this process; runs in it, before anything else."""
+        trading.passing = self._pass
+
+    def let_go(self) -> None:
+        """Let the process go on when it is thawed next; called from outside."""
+        self._gate.touch()
+
+    def _pass(self, place: trading.Place) -> None:
+        while place == self._place and not self._gate.exists():
+            stop_here()
+            time.sleep(0.01)  # only here: other threads may have a commit to finish
 
 
 def stop_here() -> None:

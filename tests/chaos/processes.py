@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from chaos.scenario import Scenario, workflow
+from chaos.trading import PEER, Taker
 
+from langgraph_peerctx.durability.receiver import Receiver
 from langgraph_peerctx.lifecycle import peer_context_lifespan
 from langgraph_peerctx.messaging.sentinel import Sentinel
 from langgraph_peerctx.owned import own_runs
+from langgraph_peerctx.persistence.event_store import EventStore
 from langgraph_peerctx.reconstruction.supervisor import RecoverySupervisor
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -178,6 +181,19 @@ async def agent(orders: Orders, scenario: Scenario, name: str, arm: Any = None) 
                 orders.say("done", thread_id, final["log"])
             except Exception as error:  # noqa: BLE001 - each database has its own
                 orders.say("refused", thread_id, type(error).__name__, str(error))
+
+
+async def peer(orders: Orders, scenario: Scenario) -> None:
+    """A peer that takes orders, says what became of each, and tells those who ask."""
+    url = f"sqlite:///{scenario.peer_store}"
+    settings = scenario.settings(f"{PEER}-{os.getpid()}", database_url=url)
+    with EventStore(url) as store:
+        taker = Taker(await Receiver.acreate(PEER, store=store), orders.say)
+        server = await asyncio.start_server(taker.serve, "127.0.0.1", 0)
+        async with server, peer_context_lifespan(agents=[PEER], settings=settings) as runtime:
+            await runtime.own()
+            orders.say("ready", server.sockets[0].getsockname()[1])
+            await orders.next()
 
 
 async def sentinel(orders: Orders, scenario: Scenario) -> None:

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Annotated, Any
 from uuid import uuid4
 
+from chaos.trading import PEER, place_order
 from langgraph.checkpoint.postgres.aio import AsyncPostgresSaver
 from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 from langgraph.graph import END, START, StateGraph
 from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool
 
+from langgraph_peerctx import effect
 from langgraph_peerctx.config import KafkaConfig, PeerContextSettings
 from langgraph_peerctx.nodes.state import PeerContextState
 
@@ -33,6 +35,8 @@ class Scenario:
     Attributes:
         database: Control database and checkpoints: `sqlite`, two files, or a PostgreSQL address.
         work_seconds: How long each node works.
+        peer_port: Where the peer takes orders; one is placed by `join`, as an effect. None: there
+            is no peer, and no effect.
     """
 
     servers: str
@@ -47,6 +51,7 @@ class Scenario:
     durability: str = "sync"
     name: str = field(default_factory=lambda: uuid4().hex[:12])
     control: str | None = None
+    peer_port: int | None = None
     kafka: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -59,6 +64,11 @@ class Scenario:
     def ledger(self) -> Path:
         """One line a node that began: who ran it, of which thread."""
         return Path(self.folder) / "ledger"
+
+    @property
+    def peer_store(self) -> Path:
+        """The peer's receipts, and what it has applied."""
+        return Path(self.folder) / f"{PEER}.db"
 
     def settings(self, process_id: str, **more: Any) -> PeerContextSettings:
         return PeerContextSettings(
@@ -116,6 +126,8 @@ def workflow(scenario: Scenario, saver: Any, who: str) -> Any:
             with scenario.ledger.open("a") as ledger:
                 ledger.write(f"{who} {name} {time.time():.3f}\n")
             await asyncio.sleep(scenario.work_seconds)
+            if name == "join" and scenario.peer_port is not None:
+                await effect("order", place_order, scenario.peer_port, peer=PEER)
             in_node(name)
             return {"log": [name]}
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from chaos.processes import Child, agent, sentinel, supervisor
+from chaos.processes import Child, agent, peer, sentinel, supervisor
 from chaos.scenario import FINAL, Scenario, workflow
 
 from langgraph_peerctx.durability.fenced_checkpointer import FencedCheckpointer
@@ -50,6 +50,14 @@ class World:
         child = Child(sentinel, self.scenario)
         self.retired.append(child)
         await child.until("ready")
+        return child
+
+    async def start_peer(self) -> Child:
+        """Start a peer; who starts from now on places an order with it in each launch."""
+        child = Child(peer, self.scenario)
+        self.retired.append(child)
+        _, port = await child.until("ready")
+        self.scenario = replace(self.scenario, peer_port=port)
         return child
 
     async def start_supervisor(self, name: str, arm: Any = None) -> Child:

@@ -215,14 +215,13 @@ def test_a_notice_about_one_life_says_nothing_about_the_next(world: World) -> No
 def test_a_death_and_a_leave_are_told_once_each(world: World) -> None:
     died: list[str] = []
     left: list[str] = []
-    world.roster.on_notice = lambda member: died.append(member.beat.process_id)
+    world.roster.on_notice = lambda key: died.append(key[0])
     world.roster.on_leave = lambda member: left.append(member.beat.process_id)
     world.live(3, "a", "b")
     for _ in range(2):
         world.die("a")
         world.beat("b", leaving=True)
     world.die("b")
-    world.die("nobody")
     assert (died, left) == (["a"], ["b"])
     world.pass_by(2)
     world.beat("a")
@@ -234,8 +233,97 @@ def test_whose_death_notice_stands_is_dead(world: World) -> None:
     world.live(3, "a", "b")
     world.die("a")
     assert world.roster.dead() == ("1",)
+    assert world.roster.died_at(("a", "1")) == world.now
     world.pass_by(2)
     world.beat("a")
+    assert world.roster.dead() == ()
+    assert world.roster.died_at(("a", "1")) is None
+
+
+def test_a_notice_about_a_life_that_was_never_heard_is_kept_and_told_once(world: World) -> None:
+    died: list[tuple[str, str]] = []
+    world.roster.on_notice = died.append
+    world.live(3)
+    for _ in range(2):
+        world.die("a")
+    assert world.roster.dead() == ("1",)
+    assert world.roster.died_at(("a", "1")) == world.now
+    assert world.roster.died_at(("a", "2")) is None
+    assert world.roster.member(("a", "1")) is None, "nothing is known of it but its end"
+    assert died == [("a", "1")]
+
+
+def test_a_first_beat_that_was_on_its_way_leaves_the_notice_standing(world: World) -> None:
+    world.live(3)
+    world.die("a")
+    world.pass_by(1)
+    world.beat("a")
+    assert world.there == []
+    assert world.roster.dead() == ("1",)
+    assert world.roster.counters["stale"] == 1
+
+
+def test_a_first_beat_much_later_proves_the_notice_false(world: World) -> None:
+    world.live(3)
+    world.die("a")
+    world.pass_by(1.5)
+    world.beat("a")
+    assert world.there == ["a"]
+    assert world.roster.dead() == ()
+    assert world.roster.died_at(("a", "1")) is None
+    assert world.roster.counters["false_notice"] == 1
+
+
+def test_a_first_beat_is_compared_with_its_notice_by_the_brokers_clock(world: World) -> None:
+    """Both were there before us, and are read in one moment of ours."""
+    world.die("a")
+    world.broker_ms += 1_500
+    world.beat("a", was_there=True)
+    assert world.roster.dead() == ()
+    assert world.roster.counters["false_notice"] == 1
+
+
+def test_a_first_beat_proves_a_notice_false_even_where_nobody_new_has_room(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("langgraph_peerctx.messaging.roster.MAX_MEMBERS", 1)
+    world.live(1)
+    world.die("a")
+    world.pass_by(1.5)
+    world.beat("a")
+    assert world.roster.dead() == ()
+    assert world.roster.counters["overrun"] == 1
+
+
+def test_a_notice_that_came_before_the_first_beat_says_nothing_about_the_next_life(
+    world: World,
+) -> None:
+    world.live(3)
+    world.die("a", "1")
+    world.beat("a", "2")
+    assert world.there == ["a"]
+    assert world.roster.dead() == ("1",)
+
+
+def test_of_notices_about_lives_that_were_never_heard_the_oldest_go_first(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("langgraph_peerctx.messaging.roster.MAX_NOTICES", 2)
+    world.die("a", "first")
+    world.die("b", "second")
+    world.die("a", "first")  # said again: it is the newest now
+    world.die("c", "third")
+    assert sorted(world.roster.dead()) == ["first", "third"]
+
+
+def test_a_notice_about_a_life_that_is_never_heard_is_forgotten_as_a_silent_member_is(
+    world: World,
+) -> None:
+    world.live(3)
+    world.die("a")
+    world.live(80)
+    assert world.roster.dead() == ("1",)
+    world.live(1)
     assert world.roster.dead() == ()
 
 

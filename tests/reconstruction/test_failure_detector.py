@@ -671,6 +671,7 @@ def _holder(seconds_left: float) -> Holder:
 
 BEATS: dict[str, Any] = {"beat_at": 99.5}
 SILENT: dict[str, Any] = {"beat_at": 90.0}
+UNHEARD: dict[str, Any] = {}
 
 
 @pytest.mark.parametrize(
@@ -682,6 +683,9 @@ SILENT: dict[str, Any] = {"beat_at": 90.0}
         ("b-1", 7.0, BEATS | {"died_at": 99.9}, {}, "died"),
         ("b-1", -1.0, BEATS | {"died_at": 99.9}, {"settled_seconds": -1.0}, "died"),
         ("b-1", 7.0, BEATS | {"died_at": 99.9}, {"deaf": True}, None),
+        ("b-1", 7.0, UNHEARD | {"died_at": 99.9}, {}, "died"),
+        ("b-1", -1.0, UNHEARD | {"died_at": 99.9}, {"settled_seconds": -1.0}, "died"),
+        ("b-1", 7.0, UNHEARD | {"died_at": 99.9}, {"deaf": True}, None),
         ("b-1", 7.0, SILENT, {}, None),
         ("b-1", 0.0, SILENT, {}, None),
         ("b-1", 7.0, None, {}, None),
@@ -709,8 +713,9 @@ def test_a_lost_run_is_judged_by(
     view: dict[str, Any],
     why: str | None,
 ) -> None:
-    known = None if member is None else _member(**member)
-    assert judge(_lost(incarnation, left), known, _view(**view)) == why
+    known = None if member is None or "beat_at" not in member else _member(**member)
+    died_at = (member or {}).get("died_at")
+    assert judge(_lost(incarnation, left), known, _view(**view), died_at=died_at) == why
 
 
 @given(
@@ -748,6 +753,7 @@ def test_an_unexpired_lease_without_a_notice_is_never_judged_lost(
         (SILENT, -1.0, {}, "dead"),
         (SILENT, None, {}, "dead"),
         (BEATS | {"died_at": 99.9}, 5.0, {}, "dead"),
+        (UNHEARD | {"died_at": 99.9}, 5.0, {}, "dead"),
         (BEATS | {"has_left": True}, None, {}, "left"),
         (None, 5.0, {}, "unreachable"),
         (None, -1.0, {}, "dead"),
@@ -758,9 +764,10 @@ def test_an_unexpired_lease_without_a_notice_is_never_judged_lost(
 def test_a_process_is(
     member: dict[str, Any] | None, left: float | None, view: dict[str, Any], state: str
 ) -> None:
-    known = None if member is None else _member(**member)
+    known = None if member is None or "beat_at" not in member else _member(**member)
     holder = None if left is None else _holder(left)
-    found, why = state_of(known, holder, _view(**view))
+    died_at = (member or {}).get("died_at")
+    found, why = state_of(known, holder, _view(**view), died_at=died_at)
     assert found == state
     assert why
 
@@ -949,20 +956,21 @@ async def test_it_looks_at_the_start_and_four_times_an_interval() -> None:
         assert 0.6 <= asyncio.get_running_loop().time() - began < 1.2
 
 
-@pytest.mark.parametrize("how", ["die", "leave"])
+@pytest.mark.parametrize("how", ["die", "die unheard", "leave"])
 async def test_it_looks_at_once_when_somebody_dies_or_leaves(how: str) -> None:
     world = World(SETTINGS.model_copy(update={"heartbeat_interval_seconds": 3_600.0}))
     world.own("b")
-    world.beat("b")
+    if how != "die unheard":
+        world.beat("b")
     async with world.detector:
         await until(lambda: world.rows.asked)
-        if how == "die":
+        if how != "leave":
             world.die("b")
         else:
             world.rows.threads["b"] = Thread(None, None, world.now)
             world.beat("b", leaving=True)
         await until(lambda: world.told)
-    assert world.told == [("b", "died" if how == "die" else "handed_over")]
+    assert world.told == [("b", "handed_over" if how == "leave" else "died")]
 
 
 async def test_a_notice_that_comes_while_it_asks_is_looked_at_next() -> None:
