@@ -7,9 +7,9 @@ from functools import partial
 from typing import Protocol, TypeVar
 
 from langgraph_peerctx.background import BackgroundRuntime
-from langgraph_peerctx.durability.run_effects import About
-from langgraph_peerctx.errors import BrokerUnavailableError
-from langgraph_peerctx.protocol.messages import ContextResponse, InDoubtAnswer, InDoubtKey
+from langgraph_peerctx.durability.run_effects import About, running_loop
+from langgraph_peerctx.errors import BrokerUnavailableError, ConfigurationError
+from langgraph_peerctx.protocol.messages import InDoubtAnswer, InDoubtKey
 from langgraph_peerctx.runtime import PeerContextRuntime
 
 _logger = logging.getLogger(__name__)
@@ -19,6 +19,8 @@ Work = Callable[[PeerContextRuntime], Awaitable[T]]
 
 _LOOK_BACK_SECONDS = 1.0
 """What a peer remembers beside the effect is not asked for; its word on it has no window."""
+_SPARE_SECONDS = 5.0
+"""For what a question takes beside its window, on a loop that turns."""
 
 
 class Calls(Protocol):
@@ -41,15 +43,49 @@ class OnItsLoop:
         self._loop = loop
 
     def call(self, work: Work[T]) -> T:
-        """See `Calls.call`."""
-        return asyncio.run_coroutine_threadsafe(self._do(work), self._loop).result()
+        """See `Calls.call`.
+
+        Raises:
+            ConfigurationError: If it is called on the runtime's own loop, which would never turn.
+            BrokerUnavailableError: If it takes some seconds more than the settings' window.
+        """
+        if running_loop() is self._loop:
+            raise ConfigurationError(
+                "a sync effect in an async node would block the loop on which its peer is asked: "
+                "pass an async function to effect(...) there, and await it"
+            )
+        doing = asyncio.run_coroutine_threadsafe(self._do(work), self._loop)
+        try:
+            return doing.result(self._longest_seconds)
+        except TimeoutError:
+            raise self._stuck() from None
+        finally:
+            doing.cancel()  # where nobody waits for it any more
 
     async def acall(self, work: Work[T]) -> T:
-        """See `Calls.acall`."""
-        if asyncio.get_running_loop() is self._loop:
+        """See `Calls.acall`.
+
+        Raises:
+            BrokerUnavailableError: If it takes some seconds more than the settings' window, on
+                another loop.
+        """
+        if running_loop() is self._loop:
             return await work(self._runtime)
-        return await asyncio.wrap_future(
-            asyncio.run_coroutine_threadsafe(self._do(work), self._loop)
+        doing = asyncio.run_coroutine_threadsafe(self._do(work), self._loop)
+        try:
+            async with asyncio.timeout(self._longest_seconds):
+                return await asyncio.wrap_future(doing)
+        except TimeoutError:
+            raise self._stuck() from None
+
+    @property
+    def _longest_seconds(self) -> float:
+        return self._runtime.settings.timeout_seconds + _SPARE_SECONDS
+
+    def _stuck(self) -> BrokerUnavailableError:
+        return BrokerUnavailableError(
+            f"nothing came of it within {self._longest_seconds:g} s: the loop of the runtime is "
+            "blocked; see PYTHONASYNCIODEBUG"
         )
 
     async def _do(self, work: Work[T]) -> T:
@@ -70,30 +106,42 @@ class EffectPeers:
         self._calls = calls
 
     def ask(self, about: About, key: InDoubtKey) -> InDoubtAnswer | None:
-        """Ask, and block until the peer has answered, or the settings' window is over."""
-        return self._calls.call(partial(_ask, about, key))
+        """Ask, and block until the peer has answered, or the settings' window is over.
+
+        A peer has answered when each process has that is known to host it.
+
+        Raises:
+            ConfigurationError: If it would block the loop on which is asked.
+        """
+        try:
+            return self._calls.call(partial(_ask, about, key))
+        except BrokerUnavailableError as error:
+            _warn(key, error)
+            return None
 
     async def aask(self, about: About, key: InDoubtKey) -> InDoubtAnswer | None:
         """See `ask`."""
-        return await self._calls.acall(partial(_ask, about, key))
+        try:
+            return await self._calls.acall(partial(_ask, about, key))
+        except BrokerUnavailableError as error:
+            _warn(key, error)
+            return None
 
 
 async def _ask(about: About, key: InDoubtKey, runtime: PeerContextRuntime) -> InDoubtAnswer | None:
-    def has_told(answers: list[ContextResponse]) -> bool:
-        return any(told.agent_id == key.peer_id for a in answers for told in a.in_doubt)
-
-    try:
-        context = await runtime.gather(
-            failed_agent_id=about.agent_id,
-            thread_id=about.thread_id,
-            expect=[key.peer_id],
-            enough=lambda answers: has_told([*answers]),
-            time_window_seconds=_LOOK_BACK_SECONDS,
-            in_doubt=[key],
-            run_id=about.run_id,
-            epoch=about.epoch,
-        )
-    except BrokerUnavailableError as error:
-        _logger.warning("%s cannot be asked about an effect: %s", key.peer_id, error)
-        return None
+    present = runtime.presence.roster.present()
+    hosts = {m.beat.process_id for m in present if key.peer_id in m.beat.agents}
+    context = await runtime.gather(
+        failed_agent_id=about.agent_id,
+        thread_id=about.thread_id,
+        expect=hosts or [key.peer_id],
+        time_window_seconds=_LOOK_BACK_SECONDS,
+        in_doubt=[key],
+        run_id=about.run_id,
+        epoch=about.epoch,
+    )
     return context.word_on(key)
+
+
+def _warn(key: InDoubtKey, error: BrokerUnavailableError) -> None:
+    _logger.warning("%s cannot be asked about an effect: %s", key.peer_id, error)

@@ -36,7 +36,7 @@ from langgraph_peerctx.durability.fenced_checkpointer import FencedCheckpointer
 from langgraph_peerctx.durability.ownership import AgentFence, Held, Ownership
 from langgraph_peerctx.durability.recorder import InteractionRecorder
 from langgraph_peerctx.durability.recording import recorded, recorder_of
-from langgraph_peerctx.durability.run_effects import About, RunEffects
+from langgraph_peerctx.durability.run_effects import About, RunEffects, effects_in
 from langgraph_peerctx.durability.workflow import (
     Workflow,
     checkpointer_of,
@@ -165,9 +165,11 @@ def own_runs(
             agent's.
         recorder: Records what happens in the runs; by default the one that
             `peer_context_lifespan(recorders=...)` names for the agent, if any.
-        redact: Returns what may be stored of an input, and must not change what it is given. A run
-            whose input is stored otherwise than it was cannot be begun again from it: killed before
-            its first checkpoint it is not recoverable, and the recovery says so.
+        redact: Returns what may be stored of an input, and must not change what it is given: a
+            fresh input, or the `Command` that answers. A run whose input is stored otherwise than
+            it was cannot be begun again from it: killed before its first checkpoint it is not
+            recoverable, and the recovery says so. Of an error only the type is stored then. A
+            recorder has a `redact` hook of its own.
         settings: For the process's runtime, if it does not run yet.
 
     Raises, when it runs:
@@ -375,16 +377,17 @@ async def _begun(
         run = order.run(newest, head_id)
         held = await ownership.aadmit(run, goes_on=newest is not None)
         runtime.watch.add(held.key, asyncio.get_running_loop(), order.patience(runtime.settings))
+        place: RunnableConfig = {}
         try:
-            yield (
-                order.fenced(ownership),
-                order.place_of(run, held, ownership, runtime),
-                order.options,
-            )
+            place = order.place_of(run, held, ownership, runtime)
+            yield order.fenced(ownership), place, order.options
         except BaseException as error:
-            await write_end(ownership, held, run.run_id, *how_it_ended(error, ownership))
+            kind, said = order.how_it_ended(error, ownership)
+            warn_of_doubts(place, kind)
+            await write_end(ownership, held, run.run_id, kind, said)
             raise
         else:
+            warn_of_doubts(place, "returned")
             await write_end(ownership, held, run.run_id, "returned", None)
         finally:
             runtime.watch.remove(held.key)
@@ -409,16 +412,17 @@ def _begun_now(
             head_id = None if head is None else head.checkpoint["id"]
         run = order.run(newest, head_id)
         held = ownership.admit(run, goes_on=newest is not None)
+        place: RunnableConfig = {}
         try:
-            yield (
-                order.fenced(ownership),
-                order.place_of(run, held, ownership, runtime),
-                order.options,
-            )
+            place = order.place_of(run, held, ownership, runtime)
+            yield order.fenced(ownership), place, order.options
         except BaseException as error:
-            _ended_now(ownership, held, run.run_id, *how_it_ended(error, ownership))
+            kind, said = order.how_it_ended(error, ownership)
+            warn_of_doubts(place, kind)
+            _ended_now(ownership, held, run.run_id, kind, said)
             raise
         else:
+            warn_of_doubts(place, "returned")
             _ended_now(ownership, held, run.run_id, "returned", None)
     finally:
         lease.release()
@@ -494,6 +498,13 @@ class _Order:
         place = effects.go_along(of_admitted_run(self.config, run.run_id))
         return recorded(place, self._terms.recorder or recorder_of(run.agent_id))
 
+    def how_it_ended(
+        self, error: BaseException, ownership: Ownership
+    ) -> tuple[EndKind, str | None]:
+        """See there; where an input is redacted, an error's message may tell what was in it."""
+        kind, said = how_it_ended(error, ownership)
+        return kind, said if self._terms.redact is None else type(error).__name__
+
     def fenced(self, ownership: Ownership) -> Workflow:
         """Return the workflow behind the fence of what this process owns."""
         return fenced(self._plain, AgentFence(self._terms.agent_id, ownership))
@@ -532,6 +543,25 @@ def how_it_ended(error: BaseException, ownership: Ownership) -> tuple[EndKind, s
     if isinstance(error, Exception):
         return "raised", f"{type(error).__name__}: {error}"
     return ("handed_over" if ownership.is_leaving else "cancelled"), type(error).__name__
+
+
+def warn_of_doubts(place: RunnableConfig, kind: EndKind) -> None:
+    """Say aloud which effects a run leaves in doubt that nobody goes on with."""
+    effects = effects_in(place)
+    found = [] if effects is None or kind == "handed_over" else effects.unsettled
+    if not found:
+        return
+    _logger.warning(
+        "the run has ended (%s), and whether its effects happened is not known: %s",
+        kind,
+        ", ".join(sorted(repr(effect.name[:80]) for effect in found))[:200],
+        extra={
+            "agent_id": found[0].agent_id,
+            "thread_id": found[0].thread_id,
+            "run_id": found[0].run_id,
+            "effect_keys": [effect.key for effect in found],
+        },
+    )
 
 
 async def write_end(

@@ -5,7 +5,9 @@ import logging
 import operator
 import threading
 import time
+import traceback
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +18,7 @@ from langgraph.types import Command, interrupt
 from runtime_threads import no_runtime_left
 from typing_extensions import TypedDict
 
-from langgraph_peerctx import background
+from langgraph_peerctx import background, effect
 from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.durability.admission import config_of, context_of, input_of
 from langgraph_peerctx.errors import (
@@ -419,3 +421,88 @@ async def test_an_end_that_cannot_be_written_is_written_when_the_database_is_bac
                 await asyncio.sleep(0.05)
     assert newest(control).end_kind == "returned"
     assert "not written down yet" in caplog.text
+
+
+async def test_what_an_ended_run_leaves_in_doubt_is_said_aloud(
+    control: ControlDatabase, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fails() -> None:
+        raise TimeoutError
+
+    async def second(_state: State) -> State:
+        with suppress(TimeoutError):
+            await effect("pay", fails)
+        effect("mail", str)
+        return {"log": ["second"]}
+
+    async with owned(workflow(second), agent_id=AGENT, thread_id=THREAD) as run:
+        await run.ainvoke({"log": []})
+    (said,) = [r for r in caplog.records if "whether its effects happened" in r.getMessage()]
+    assert said.levelno == logging.WARNING
+    assert "'pay'" in said.getMessage()
+    assert "'mail'" not in said.getMessage()
+    assert (said.agent_id, said.thread_id, said.run_id) == (  # type: ignore[attr-defined]
+        AGENT, THREAD, newest(control).run_id,
+    )  # fmt: skip
+    assert newest(control).end_kind == "returned"
+
+
+def test_sync_code_says_the_same(
+    control: ControlDatabase, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails() -> None:
+        raise TimeoutError
+
+    def second(_state: State) -> State:
+        effect("pay", fails)  # type: ignore[func-returns-value]
+        return {}
+
+    with pytest.raises(TimeoutError):
+        own_runs(workflow(second), agent_id=AGENT).invoke({"log": []}, AT)
+    assert newest(control).end_kind == "raised"
+    assert "not known: 'pay'" in caplog.text
+
+
+async def test_nobody_is_warned_of_what_is_handed_over(
+    control: ControlDatabase, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def second(_state: State) -> State:
+        async def fails() -> None:
+            raise StaleOwnerError("replaced meanwhile")
+
+        await effect("pay", fails)
+        return {}
+
+    async with owned(workflow(second), agent_id=AGENT, thread_id=THREAD) as run:
+        with pytest.raises(StaleOwnerError):
+            await run.ainvoke({"log": []})
+    assert newest(control).end_kind == "handed_over"
+    assert "whether its effects happened" not in caplog.text
+
+
+async def test_of_a_redacted_run_neither_error_nor_hook_tells_what_was_in_it(
+    control: ControlDatabase,
+) -> None:
+    given: list[Any] = []
+
+    def redact(value: Any) -> Any:
+        given.append(value)
+        if isinstance(value, Command):
+            raise KeyError("no card: 4111-1111")
+        return {"log": ["***"]}
+
+    def second(state: State) -> State:
+        raise ValueError("cannot charge " + state["log"][0])
+
+    app = workflow(second)
+    async with owned(app, agent_id=AGENT, thread_id=THREAD, redact=redact) as run:
+        with pytest.raises(ValueError, match="cannot charge"):
+            await run.ainvoke({"log": ["card 4111-1111"]})
+        assert (newest(control).end_kind, newest(control).error) == ("raised", "ValueError")
+        with pytest.raises(ValueError, match="cannot charge"):
+            await run.ainvoke(None)
+        assert len(given) == 1, "there is nothing to redact in nothing"
+        with pytest.raises(ConfigurationError, match="redact raised KeyError") as caught:
+            await run.ainvoke(Command(resume="yes"))
+    assert "4111" not in "".join(traceback.format_exception(caught.value))
+    assert isinstance(given[1], Command)

@@ -58,20 +58,20 @@ def packed(workflow: Workflow, value: object, *, name: str) -> Packed:
 
 
 def packed_input(workflow: Workflow, given: object, redact: Redact | None) -> Packed:
-    """Return what is stored of an input.
+    """Return what is stored of an input; nothing at all is stored as it is.
 
     Raises:
         ConfigurationError: If it cannot be stored, or `redact` failed.
     """
-    if redact is None:
+    if redact is None or given is None:
         return packed(workflow, given, name="input")
     try:
         kept = redact(given)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the caller's code, translated
         raise ConfigurationError(
             f"redact raised {type(error).__name__}, so nothing of the input was stored, and "
             "nothing was run"
-        ) from error
+        ) from None  # its message may hold what was to be hidden
     whole = packed(workflow, given, name="input")
     told = packed(workflow, kept, name="redacted input")
     return whole if told == whole else Packed(kind=f"{_REDACTED}{told.kind}", data=told.data)

@@ -5,9 +5,11 @@ that runs again gets the outcome and calls nothing. What was meant and has no ou
 only the peer that it reaches can tell, or a look of the caller's own. Nothing is guessed.
 """
 
+import asyncio
 import inspect
-from collections.abc import Awaitable, Callable, Generator, Iterator
-from contextlib import contextmanager
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial, wraps
@@ -16,7 +18,14 @@ from typing import Any, Final, Generic, ParamSpec, Protocol, Self, TypeAlias, Ty
 from langgraph.config import get_config
 from pydantic import JsonValue
 
-from langgraph_peerctx.durability.run_effects import About, IfUnknown, Peers, RunEffects, effects_in
+from langgraph_peerctx.durability.run_effects import (
+    About,
+    Doing,
+    IfUnknown,
+    Peers,
+    RunEffects,
+    effects_in,
+)
 from langgraph_peerctx.errors import (
     CheckpointerError,
     ConfigurationError,
@@ -26,10 +35,18 @@ from langgraph_peerctx.errors import (
 )
 from langgraph_peerctx.identifiers import check_id
 from langgraph_peerctx.persistence.database import Database
-from langgraph_peerctx.persistence.effect_ledger import Effect, EffectScope, NewEffect, Standing
+from langgraph_peerctx.persistence.effect_ledger import (
+    Effect,
+    EffectScope,
+    EffectSource,
+    NewEffect,
+    Standing,
+)
 from langgraph_peerctx.protocol.json_values import plain
 from langgraph_peerctx.protocol.messages import InDoubtAnswer, InDoubtKey, Verdict
 from langgraph_peerctx.protocol.tickets import EffectTicket
+
+_logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -98,7 +115,7 @@ def effect(
     *arguments: Any,
     peer: str | None = None,
     check: Check | None = None,
-    not_done_on: tuple[type[BaseException], ...] = (),
+    not_done_on: Sequence[type[BaseException]] = (),
     scope: EffectScope = "run",
     if_unknown: IfUnknown = "ask",
 ) -> T: ...
@@ -111,7 +128,7 @@ def effect(
     *,
     peer: str | None = None,
     check: Check | None = None,
-    not_done_on: tuple[type[BaseException], ...] = (),
+    not_done_on: Sequence[type[BaseException]] = (),
     scope: EffectScope = "run",
     if_unknown: IfUnknown = "ask",
 ) -> Effectful: ...
@@ -124,7 +141,7 @@ def effect(
     *arguments: Any,
     peer: str | None = None,
     check: Check | None = None,
-    not_done_on: tuple[type[BaseException], ...] = (),
+    not_done_on: Sequence[type[BaseException]] = (),
     scope: EffectScope = "run",
     if_unknown: IfUnknown = "ask",
 ) -> Any:
@@ -148,8 +165,8 @@ def effect(
             `current_effect()` returns inside of the call: then it can always tell.
         check: Looks whether an effect in doubt has happened; it is given the ticket, and returns a
             `Settled`. It may be async if `call` is.
-        not_done_on: Exceptions that mean that it was not done, a refused connection for instance.
-            Any other leaves it in doubt.
+        not_done_on: Exceptions that mean that it was not done, a refused connection for instance,
+            in a tuple or a list. Any other leaves it in doubt.
         scope: `run`: once at this place of this run. `thread`: once in the thread, whatever the
             run and the place; for business keys.
         if_unknown: `ask` a human, by way of an `InDoubtError` and the recovery; `retry`: do it
@@ -159,8 +176,8 @@ def effect(
         The outcome, as plain JSON: a tuple becomes a list.
 
     Raises:
-        ConfigurationError: If the run is not owned, the key is used twice at one place, or the
-            outcome is no plain JSON; then it stays in doubt.
+        ConfigurationError: If the run is not owned, the key is used twice at one place, an argument
+            cannot be right, or the outcome is no plain JSON; then it stays in doubt.
         InDoubtError: If nobody can tell whether an earlier attempt happened.
         StaleOwnerError: If another process has taken the thread over: nothing was called.
         CheckpointerError: If the control database failed.
@@ -169,7 +186,7 @@ def effect(
         key=key,
         peer_id=None if peer is None else check_id(peer, "peer"),
         check=check,
-        not_done_on=not_done_on,
+        not_done_on=_exceptions(not_done_on),
         scope=scope,
         if_unknown=if_unknown,
     )
@@ -214,6 +231,16 @@ class _Terms:
             has_check=self.check is not None,
         )
         return _effect(run, new, self, partial(call, *arguments, **named))
+
+
+def _exceptions(given: Sequence[type[BaseException]]) -> tuple[type[BaseException], ...]:
+    if not isinstance(given, tuple | list) or not all(
+        isinstance(one, type) and issubclass(one, BaseException) for one in given
+    ):
+        raise ConfigurationError(
+            f"not_done_on={given!r:.80}: expected a tuple of exception classes"
+        )
+    return tuple(given)
 
 
 def _decorated(terms: _Terms, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -266,11 +293,17 @@ _NOT_OWNED: Final = (
 
 @dataclass(frozen=True, slots=True)
 class _Write(Generic[T]):
-    """Something to be done with the ledger: in one of its threads, for a loop."""
+    """Something to be done with the ledger: in one of its threads, for a loop.
+
+    Attributes:
+        undo: Is given what came of it if nobody waits for it any more.
+        must_be: It is written whoever is cancelled meanwhile: only we know it.
+    """
 
     ledger: Database
     work: Callable[[], T]
     undo: Callable[[T], object] | None = None
+    must_be: bool = False
 
     def now(self) -> T:
         with _as_a_checkpoint():
@@ -278,7 +311,47 @@ class _Write(Generic[T]):
 
     async def later(self) -> T:
         with _as_a_checkpoint():
-            return await self.ledger.in_thread(self.work, undo=self.undo)
+            writing = self.ledger.in_thread(self.work, undo=self.undo)
+            return await (_to_its_end(writing) if self.must_be else writing)
+
+
+async def _to_its_end(writing: Coroutine[Any, Any, T]) -> T:
+    """Wait for something that has a deadline of its own; a cancellation comes after it."""
+    doing = asyncio.create_task(writing, name="peerctx-outcome")
+    try:
+        return await asyncio.shield(doing)
+    except asyncio.CancelledError:
+        while not doing.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait({doing})
+        if not doing.cancelled() and (error := doing.exception()) is not None:
+            _logger.warning("what came of an effect is not written down: %s", error)
+        raise
+
+
+@dataclass(frozen=True, slots=True)
+class _Wait:
+    """For the end of the same effect, where it is being done in this process."""
+
+    other: Doing
+    name: str
+
+    def now(self) -> None:
+        if self.other.is_on_this_loop or _current.get() is not None:
+            raise self._busy()
+        self.other.join()
+
+    async def later(self) -> None:
+        if _current.get() is not None:  # maybe a part of the very same, which would never end
+            raise self._busy()
+        await self.other.ajoin()
+
+    def _busy(self) -> ConfigurationError:
+        return ConfigurationError(
+            f"the effect {self.name!r:.80} is being done at this moment, by something that cannot "
+            "be waited for here: give each its own key, or pass an async function, outside of "
+            "another effect"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,7 +393,8 @@ class _Call:
             return await result if inspect.isawaitable(result) else result
 
 
-_Doing: TypeAlias = Generator[_Write[Any] | _Ask | _Call, Any, JsonValue]
+_Step: TypeAlias = _Write[Any] | _Wait | _Ask | _Call
+_Doing: TypeAlias = Generator[_Step, Any, JsonValue]
 
 
 def _now(doing: _Doing) -> JsonValue:
@@ -356,7 +430,16 @@ async def _later(doing: _Doing) -> JsonValue:
 
 
 def _effect(run: RunEffects, new: NewEffect, terms: _Terms, call: Callable[[], Any]) -> _Doing:
-    """Do an effect, unless it was done."""
+    """Do an effect, unless it was done; alone, as far as this process goes."""
+    while (other := run.take_turn(new)) is not None:
+        yield _Wait(other, new.name)
+    try:
+        return (yield from _alone(run, new, terms, call))
+    finally:
+        run.end_turn(new)
+
+
+def _alone(run: RunEffects, new: NewEffect, terms: _Terms, call: Callable[[], Any]) -> _Doing:
     standing = yield _intent(run, new)
     while not standing.has_begun:
         known: Effect = standing.effect
@@ -371,10 +454,10 @@ def _effect(run: RunEffects, new: NewEffect, terms: _Terms, call: Callable[[], A
     try:
         result = yield _Call(call, run.ticket(begun))
     except terms.not_done_on:
-        yield _Write(run.ledger, partial(run.refute, begun))
+        yield _Write(run.ledger, partial(run.refute, begun), must_be=True)
         raise
     outcome = _plain(begun, result)
-    yield _Write(run.ledger, partial(run.conclude, begun, outcome))
+    yield _Write(run.ledger, partial(run.conclude, begun, outcome), must_be=True)
     return outcome
 
 
@@ -387,35 +470,33 @@ def _intent(run: RunEffects, new: NewEffect, over: int | None = None) -> _Write[
 
     def undo(standing: Standing) -> None:
         if standing.has_begun:
-            run.ledger.later(partial(run.refute, standing.effect))
+            run.take_back(standing.effect)
 
     return _Write(run.ledger, partial(run.intend, new, over), undo)
 
 
-def _settled(
-    run: RunEffects, known: Effect, terms: _Terms
-) -> Generator[_Write[Any] | _Ask | _Call, Any, Effect]:
+def _settled(run: RunEffects, known: Effect, terms: _Terms) -> Generator[_Step, Any, Effect]:
     """Find out about an effect in doubt: from its peer, then by the caller's own look."""
-    key, told = known.in_doubt_key, None
+    key = known.in_doubt_key
     if key is not None and run.peers is not None:
-        told = yield _Ask(run.peers, run.about, key)
-        if told is not None and told.verdict != "cannot_tell":
-            settle = partial(run.settle, known, told.verdict, "peer", told.reply)
-            settled: Effect = yield _Write(run.ledger, settle)
-            return settled
-    if terms.check is None and told is None:
+        told: InDoubtAnswer | None = yield _Ask(run.peers, run.about, key)
+        if told is not None:
+            known = yield _settle(run, known, told, "peer")
+    if known.status != "intent" or terms.check is None:
         return known
-    found = Settled.unknown()
-    if terms.check is not None:
-        found = yield _Call(partial(terms.check, run.ticket(known)), run.ticket(known))
-        if not isinstance(found, Settled):
-            raise ConfigurationError(
-                f"check= returned a {type(found).__name__}: expected a Settled"
-            )
-        found = replace(found, reply=_plain(known, found.reply))
-    settle = partial(run.settle, known, found.verdict, "check", found.reply)
-    settled = yield _Write(run.ledger, settle)
+    found = yield _Call(partial(terms.check, run.ticket(known)), run.ticket(known))
+    if not isinstance(found, Settled):
+        raise ConfigurationError(f"check= returned a {type(found).__name__}: expected a Settled")
+    found = replace(found, reply=_plain(known, found.reply))
+    settled: Effect = yield _settle(run, known, found, "check")
     return settled
+
+
+def _settle(
+    run: RunEffects, known: Effect, told: InDoubtAnswer | Settled, source: EffectSource
+) -> _Write[Effect]:
+    """Write down what somebody says of an effect."""
+    return _Write(run.ledger, partial(run.settle, known, told.verdict, source, told.reply))
 
 
 def question_about(effect: Effect) -> str:

@@ -17,6 +17,7 @@ from langgraph_peerctx.errors import ConfigurationError
 _LEVELS = "|"
 _TASK = ":"
 _PULL = "__pregel_pull"
+_UNKNOWN = "the place in the run is not known: the callbacks of this run do not reach here"
 
 
 @dataclass(slots=True)
@@ -81,13 +82,14 @@ class Positions:
         """
         found = self._executions.get(namespace)
         if found is None:
-            raise ConfigurationError(
-                "the place in the run is not known: the callbacks of this run do not reach here"
-            )
+            raise ConfigurationError(_UNKNOWN)
         return found
 
     def position(self, namespace: str) -> str:
         """Return the position of a namespace whose nodes are being executed.
+
+        Above a graph with checkpoints of its own (`checkpointer=True`) LangGraph leaves out the
+        task ids: there it is the execution that began last.
 
         Raises:
             ConfigurationError: If they are not.
@@ -98,9 +100,22 @@ class Positions:
             parts.append(part)
             if _TASK in part:
                 places.append(self.execution(_LEVELS.join(parts)).place)
+            elif not part.isdigit():
+                places.append(self._latest(_LEVELS.join(parts)).place)
             else:  # the number of a graph that one node calls more than once
                 places[-1] += f"+{part}"
         return "/".join(places)
+
+    def _latest(self, without_tasks: str) -> Execution:
+        with self._lock:
+            found = [e for n, e in self._executions.items() if _without_tasks(n) == without_tasks]
+        if not found:
+            raise ConfigurationError(_UNKNOWN)
+        return found[-1]
+
+
+def _without_tasks(namespace: str) -> str:
+    return _LEVELS.join(part.partition(_TASK)[0] for part in namespace.split(_LEVELS))
 
 
 def _place(metadata: Mapping[str, Any]) -> str:

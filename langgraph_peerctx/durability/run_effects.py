@@ -1,8 +1,12 @@
 """The side effects of one run: where each stands, what is known of it, and who can tell."""
 
+import asyncio
+import threading
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Any, Final, Protocol, TypedDict, Unpack
 from uuid import UUID
 
@@ -98,6 +102,15 @@ class RunEffects(BaseCallbackHandler):
         self._incarnation = incarnation
         self._doubted_since = doubted_since
         self._positions = Positions()
+        self._begun: dict[str, Effect] = {}
+        self._doing: dict[str, Doing] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def unsettled(self) -> list[Effect]:
+        """The effects that were begun here and of which nobody here knows what came."""
+        with self._lock:
+            return list(self._begun.values())
 
     def go_along(self, config: RunnableConfig) -> RunnableConfig:
         """Return a config with which a run has these effects."""
@@ -170,31 +183,104 @@ class RunEffects(BaseCallbackHandler):
             epoch=effect.epoch,
         )
 
+    def take_turn(self, new: NewEffect) -> "Doing | None":
+        """Begin to do an effect, alone in this process; or return who is doing it.
+
+        To the ledger, two nodes of one run are the same: it would take what is being done at this
+        moment for something in doubt.
+        """
+        with self._lock:
+            other = self._doing.get(new.effect_id)
+            if other is None:
+                self._doing[new.effect_id] = Doing()
+            return other
+
+    def end_turn(self, new: NewEffect) -> None:
+        """Let whoever waits go on."""
+        with self._lock:
+            doing = self._doing.pop(new.effect_id)
+        doing.end()
+
+    def take_back(self, effect: Effect) -> None:
+        """Have it written down later that a begun effect was never called; does not block."""
+        if not effect.is_retried:
+            self._settled(effect)
+        self.ledger.later(partial(self.refute, effect))
+
     # What is written; each blocks.
 
     def intend(self, new: NewEffect, over: int | None = None) -> Standing:
         """See `EffectLedger.intend`."""
-        return self.ledger.intend(
+        standing = self.ledger.intend(
             new,
             epoch=self.about.epoch,
             incarnation=self._incarnation,
             over=over,
             doubted_since=self._doubted_since,
         )
+        if standing.has_begun:
+            with self._lock:
+                self._begun[standing.effect.effect_id] = standing.effect
+        elif standing.effect.status == "done":
+            self._settled(standing.effect)
+        return standing
 
     def conclude(self, effect: Effect, outcome: JsonValue) -> None:
         """See `EffectLedger.conclude`."""
         self.ledger.conclude(effect, outcome)
+        self._settled(effect)
 
     def refute(self, effect: Effect) -> None:
         """See `EffectLedger.refute`."""
-        self.ledger.refute(effect)
+        if self.ledger.refute(effect).status != "intent":
+            self._settled(effect)
 
     def settle(
         self, effect: Effect, verdict: Verdict, source: EffectSource, reply: JsonValue = None
     ) -> Effect:
         """See `EffectLedger.settle_effect`."""
-        return self.ledger.settle_effect(effect, verdict, source, reply)
+        settled = self.ledger.settle_effect(effect, verdict, source, reply)
+        if settled.status != "intent":
+            self._settled(settled)
+        return settled
+
+    def _settled(self, effect: Effect) -> None:
+        with self._lock:
+            self._begun.pop(effect.effect_id, None)
+
+
+class Doing:
+    """An effect that is being done in this process; others wait for its end."""
+
+    def __init__(self) -> None:
+        self._loop = running_loop()
+        self._over: Future[None] = Future()
+        self._over.set_running_or_notify_cancel()  # who no longer waits does not end it
+
+    @property
+    def is_on_this_loop(self) -> bool:
+        """Whether to block here would keep it from its end."""
+        return self._loop is not None and self._loop is running_loop()
+
+    def end(self) -> None:
+        """Let those go on that wait."""
+        self._over.set_result(None)
+
+    def join(self) -> None:
+        """Wait for its end; blocks."""
+        self._over.result()
+
+    async def ajoin(self) -> None:
+        """Wait for its end, on any loop."""
+        await asyncio.wrap_future(self._over)
+
+
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """Return the loop on which we stand; None in a thread without one."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 def effects_in(config: RunnableConfig) -> RunEffects | None:
@@ -203,4 +289,14 @@ def effects_in(config: RunnableConfig) -> RunEffects | None:
     return found if isinstance(found, RunEffects) else None
 
 
-__all__ = ["EFFECTS", "About", "EffectTerms", "IfUnknown", "Peers", "RunEffects", "effects_in"]
+__all__ = [
+    "EFFECTS",
+    "About",
+    "Doing",
+    "EffectTerms",
+    "IfUnknown",
+    "Peers",
+    "RunEffects",
+    "effects_in",
+    "running_loop",
+]

@@ -227,11 +227,11 @@ def _sorted_topologically(
 
 
 def _settled(answers: Iterable[InDoubtAnswer]) -> tuple[InDoubtAnswer, ...]:
-    """Return each agent's word on each key once; a contradiction is no word."""
+    """Return each agent's word on each key once; a contradiction, in replies too, is no word."""
     words: dict[tuple[str, str], InDoubtAnswer] = {}
     for answer in answers:
         known = words.setdefault((answer.effect_key, answer.agent_id), answer)
-        if known.verdict != answer.verdict:
+        if (known.verdict, known.reply) != (answer.verdict, answer.reply):
             words[answer.effect_key, answer.agent_id] = known.model_copy(
                 update={"verdict": "cannot_tell", "reply": None}
             )

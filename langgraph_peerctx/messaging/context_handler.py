@@ -43,7 +43,9 @@ class ContextRequestHandler:
         may_answer: Says whether a request may be answered at all; by default every valid one.
         memory_keys: Which keys of a remembered state may be told; by default all that the agent
             chose to remember.
-        redact: Applied to each payload and memory before it is told.
+        redact: Applied to each payload and memory before it is told. Not to the reply in an answer
+            to an effect in doubt: it is what this agent replied to that very effect, or would have,
+            and becomes its outcome.
         max_interactions: The most that one answer holds, whatever the request allows.
 
     Raises:
@@ -240,7 +242,7 @@ class ContextRequestHandler:
             effect_key=key.effect_key,
             agent_id=self.agent_id,
             verdict=verdict,
-            reply=self._redacted(reply) if isinstance(reply, dict) else reply,
+            reply=reply,
         )
 
     def _cannot_tell(self, request: ContextRequest) -> tuple[InDoubtAnswer, ...]:

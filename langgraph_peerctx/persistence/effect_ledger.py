@@ -3,14 +3,15 @@
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property, partial
 from typing import Any, Literal
 
 from pydantic import JsonValue
 from pydantic_core import from_json, to_json
-from sqlalchemy import BigInteger, Connection, Row, bindparam, func, or_, select, update
+from sqlalchemy import BigInteger, Connection, Row, bindparam, case, func, or_, select, update
+from sqlalchemy.sql.elements import ColumnElement
 
 from langgraph_peerctx.errors import StaleOwnerError
 from langgraph_peerctx.persistence.rows import microseconds, moment_at
@@ -77,6 +78,8 @@ class Effect(NewEffect):
         outcome: What came of it, if `done`.
         source: Who says so.
         unknown_at: When it was asked about last and nobody could tell.
+        unknown_to: Who could not tell: the `check` once it has looked in vain, or else the `peer`.
+        is_retried: Whether it was begun though an attempt before was in doubt.
     """
 
     status: EffectStatus
@@ -87,6 +90,8 @@ class Effect(NewEffect):
     done_at: datetime | None = None
     source: EffectSource | None = None
     unknown_at: datetime | None = None
+    unknown_to: EffectSource | None = None
+    is_retried: bool = False
 
     @property
     def superstep(self) -> int:
@@ -130,6 +135,9 @@ class EffectLedger(Runs):
     ) -> Standing:
         """Write down that an effect is meant, in one transaction with the check that we may.
 
+        Of one that is in doubt the terms are brought up to date, but for its peer, if it names one:
+        only whom it was sent to can tell.
+
         Args:
             new: The effect.
             epoch: Under which we have the thread.
@@ -161,6 +169,7 @@ class EffectLedger(Runs):
             assert found is not None  # noqa: S101 - it kept the intent from being written
             is_over = found.status == "intent" and found.attempt == over
             if found.status != "not_done" and not is_over:
+                found = self._up_to_date(connection, found, new)
                 return Standing(effect=found, has_begun=False)
             self._intend_again(connection, found, new, epoch)
             again = self._effect(connection, new)
@@ -179,9 +188,13 @@ class EffectLedger(Runs):
         }
         self._work(lambda connection: connection.execute(self._concluding, asked))
 
-    def refute(self, effect: Effect) -> None:
-        """Write down that an effect that we were about to do was not done."""
-        self._settle(effect, {"status": "not_done", "source": "own"})
+    def refute(self, effect: Effect) -> Effect:
+        """Write down that an effect that we were about to do was not done; return it as it is now.
+
+        Where an earlier attempt is in doubt, it stays in doubt: we know of our own attempt alone.
+        """
+        values = {"status": "not_done", "source": "own"}
+        return self._settle(effect, values, effects.c.retried == 0)
 
     def settle_effect(
         self,
@@ -199,7 +212,9 @@ class EffectLedger(Runs):
         elif verdict == "not_seen":
             values = {"status": "not_done", "source": source}
         else:
-            values = {"unknown_at": self._now}
+            by_check = effects.c.unknown_to == "check"
+            unknown_to = case((by_check, effects.c.unknown_to), else_=source)
+            values = {"unknown_at": self._now, "unknown_to": unknown_to}
         return self._settle(effect, values)
 
     def effect(self, new: NewEffect) -> Effect | None:
@@ -293,10 +308,31 @@ class EffectLedger(Runs):
                 has_check=int(new.has_check),
                 source=None,
                 unknown_at=None,
+                unknown_to=None,
+                retried=int(found.status == "intent"),
             )
         )
 
-    def _settle(self, effect: Effect, values: dict[str, Any]) -> Effect:
+    def _up_to_date(self, connection: Connection, found: Effect, new: NewEffect) -> Effect:
+        """Bring the terms of an effect in doubt up to date, and return it."""
+        now = replace(
+            found,
+            peer_id=found.peer_id or new.peer_id,
+            if_unknown=new.if_unknown,
+            has_check=new.has_check,
+        )
+        if now == found or found.status != "intent":
+            return found
+        connection.execute(
+            update(effects)
+            .where(effects.c.agent_id == new.agent_id, effects.c.effect_id == new.effect_id)
+            .values(peer_id=now.peer_id, if_unknown=now.if_unknown, has_check=int(now.has_check))
+        )
+        return now
+
+    def _settle(
+        self, effect: Effect, values: dict[str, Any], *conditions: ColumnElement[bool]
+    ) -> Effect:
         def work(connection: Connection) -> Effect:
             ends = {"done_at": self._now} if "status" in values else {}
             connection.execute(
@@ -306,6 +342,7 @@ class EffectLedger(Runs):
                     effects.c.effect_id == effect.effect_id,
                     effects.c.status == "intent",
                     effects.c.attempt == effect.attempt,
+                    *conditions,
                 )
                 .values(**values, **ends)
             )
@@ -378,6 +415,8 @@ def _read(row: Row[Any]) -> Effect:
         done_at=None if row.done_at is None else moment_at(row.done_at),
         source=row.source,
         unknown_at=None if row.unknown_at is None else moment_at(row.unknown_at),
+        unknown_to=row.unknown_to,
+        is_retried=bool(row.retried),
     )
 
 

@@ -196,9 +196,13 @@ class ControlDatabase(EffectLedger):
                     incident.recoverer_id,
                 )
                 return is_ours and now is not None and now.status in (how.status, "open")
-            self._end(connection, recovery.run.run_id, how.end_kind, how.error)
+            self._end(
+                connection, recovery.run.run_id, how.end_kind, how.error, lease=recovery.lease
+            )
             status, wait = how.status, how.retry_seconds
             answer = self._answer_since(connection, incident)
+            if answer is not None and not _answers(answer, how.question):
+                answer = None
             if status == "waiting_for_human" and answer is not None:
                 status, wait = "open", None
             waits = status == "open" or (status == "waiting_for_human" and wait is not None)
@@ -245,8 +249,9 @@ class ControlDatabase(EffectLedger):
             ConfigurationError: If there is no such incident, or it asks nothing.
             ProtocolError: If the answer is no plain JSON.
         """
-        kept = json_text({"value": answer}, name="answer")
         found = self.incident(incident_id)
+        asked = None if found is None else (found.question or {}).get("question_id")
+        kept = json_text({"value": answer, "question_id": asked}, name="answer")
         asks = found is not None and found.question is not None and found.answer is None
         if found is not None and asks and found.status == "recovering":
             # It is being looked whether the answer has come from elsewhere.
@@ -419,6 +424,11 @@ class ControlDatabase(EffectLedger):
         newest = incidents.c.opened_at.desc(), incidents.c.incident_id
         rows = self._rows(select(incidents).where(*asked).order_by(*newest).limit(limit))
         return [_read(row) for row in rows]
+
+
+def _answers(answer: Mapping[str, Any], question: Mapping[str, Any] | None) -> bool:
+    """Tell whether an answer is to this question, and not to one that was asked before."""
+    return question is None or answer.get("question_id") == question.get("question_id")
 
 
 def _read(row: Row[Any]) -> Incident:

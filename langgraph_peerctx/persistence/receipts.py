@@ -259,22 +259,26 @@ class Receipts(Database):
             epoch: Under which the asker owns the thread.
 
         Returns:
-            `not_seen` only if the key is now barred, durably, below `epoch`.
+            `not_seen` only if the key is now barred, durably, below `epoch`, and a ticket of this
+            epoch would be taken.
 
         Raises:
             StoreError: If the database failed.
         """
         named = (agent_id, plain_text(sender_id), plain_text(effect_key))
         key = dict(zip(_KEY, named, strict=True)) | {"thread_id": plain_text(thread_id)}
-        may_deny = epoch > 0 and self._knew_all_by(agent_id, intent_at)
+        knows_all = self._knew_all_by(agent_id, intent_at)
+        may_deny = knows_all and epoch > 0
 
         def work(connection: Connection) -> SettledKey:
             if may_deny:
                 self._exclude_others(connection, key)
-            found = self._received(connection, key) or self._remembered(connection, key)
+            found = self._received(connection, key) or self._remembered(
+                connection, key, keeps_receipts=knows_all
+            )
             if found is not None:
                 return found
-            if not may_deny:
+            if not may_deny or _newest_epoch(connection, key) > epoch:
                 return SettledKey("cannot_tell")
             connection.execute(self._bar, key | {"below_epoch": epoch, "barred_at": now()})
             return SettledKey("not_seen")
@@ -353,7 +357,7 @@ class Receipts(Database):
         found = connection.execute(_RECEIPT, key).first()
         if found is not None:
             _see_that_it_is_the_same(found, ticket)
-        newest = max(e or 0 for e in connection.execute(_NEWEST_EPOCHS, key).one())
+        newest = _newest_epoch(connection, key)
         if newest > ticket.epoch:
             raise StaleOwnerError(
                 f"{agent_id} refuses {ticket.name!r:.80} of {ticket.sender_id} (key "
@@ -399,14 +403,21 @@ class Receipts(Database):
             return SettledKey("cannot_tell")
         return SettledKey("seen", self._reply_in(found))
 
-    def _remembered(self, connection: Connection, key: dict[str, str]) -> SettledKey | None:
-        """Say what follows from interactions that were recorded under the key."""
+    def _remembered(
+        self, connection: Connection, key: dict[str, str], *, keeps_receipts: bool
+    ) -> SettledKey | None:
+        """Say what follows from interactions that were recorded under the key.
+
+        Who keeps receipts may have recorded that an order came, and died before doing it.
+        """
         rows = connection.execute(_REMEMBERED, key).all()
         told = [row for row in rows if row.thread_id == key["thread_id"]]
         way = (key["sender_id"], key["agent_id"])
+        replies = [row.payload for row in told if (row.to_agent, row.from_agent) == way]
         if any((row.from_agent, row.to_agent) == way for row in told):
-            replies = (r.payload for r in told if (r.to_agent, r.from_agent) == way)
-            return SettledKey("seen", self._parsed(next(replies, "null")))
+            if keeps_receipts and not replies:
+                return None
+            return SettledKey("seen", self._parsed(replies[0] if replies else "null"))
         # A reply alone, or another thread's interaction, proves nothing and cannot be denied.
         return SettledKey("cannot_tell") if rows else None
 
@@ -539,6 +550,11 @@ def _key_of(agent_id: str, ticket: EffectTicket) -> dict[str, str]:
         "effect_key": plain_text(ticket.effect_key),
         "thread_id": plain_text(ticket.thread_id),
     }
+
+
+def _newest_epoch(connection: Connection, key: dict[str, str]) -> int:
+    """Return the epoch below which an effect is refused."""
+    return max(epoch or 0 for epoch in connection.execute(_NEWEST_EPOCHS, key).one())
 
 
 def _see_that_it_is_the_same(found: Row[Any], ticket: EffectTicket) -> None:

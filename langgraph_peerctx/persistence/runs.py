@@ -174,7 +174,8 @@ class Runs(Leases):
         Safe to repeat: the same run id again is the same admission.
 
         Raises:
-            ThreadBusyError: If somebody else has the thread, or an earlier run of it is open.
+            ThreadBusyError: If somebody else has the thread, an earlier run of it is open, or the
+                run id is another agent's or thread's.
             StoreError: If the database failed.
         """
 
@@ -196,7 +197,9 @@ class Runs(Leases):
                 **_columns_of("context", run.context),
             }
             once = self._insert_into(runs).values(admitted_at=self._now, **row)
-            connection.execute(once.on_conflict_do_nothing())
+            is_new = connection.execute(once.on_conflict_do_nothing()).rowcount > 0
+            if not is_new and not self._own(connection, run.run_id, owner, lease):
+                raise _another_s(run)
             self._add_input(connection, run.run_id, 0, run.given)
             return lease
 
@@ -209,16 +212,18 @@ class Runs(Leases):
         its outcome is unknown: see `withdraw`.
 
         Raises:
-            ThreadBusyError: If somebody else has the thread, or a run of it is open.
+            ThreadBusyError: If somebody else has the thread, a run of it is open, or the run id is
+                another agent's or thread's.
             StoreError: If the database failed.
         """
 
         def work(connection: Connection) -> Lease:
             lease = self._take(connection, run.agent_id, run.thread_id, owner)
+            if not self._own(connection, run.run_id, owner, lease):
+                raise _another_s(run)
             count = select(func.count()).where(run_inputs.c.run_id == run.run_id)
             number = connection.execute(count).scalar_one()
             self._add_input(connection, run.run_id, number, run.given)
-            self._own(connection, run.run_id, owner, lease)
             given = {
                 "durability": run.durability,
                 "traceparent": run.traceparent,
@@ -256,14 +261,17 @@ class Runs(Leases):
                 )
                 .with_for_update()
             ).all()
-            run = self._run(connection, runs.c.run_id == run_id)
+            of_thread = runs.c.agent_id == agent_id, runs.c.thread_id == plain_text(thread_id)
+            run = self._run(connection, runs.c.run_id == run_id, *of_thread)
             if not lease or run is None or run.epoch != lease[0].epoch:
                 return False
             if len(run.inputs) > 1:  # an answer, which its caller will give again
                 last = run_inputs.c.number == len(run.inputs) - 1
                 connection.execute(delete(run_inputs).where(run_inputs.c.run_id == run_id, last))
-            self._end(connection, run_id, "cancelled", "its admission was not heard of in time")
-            return self._give_back(connection, self._read_leases(lease)[0])
+            (ours,) = self._read_leases(lease)
+            why = "its admission was not heard of in time"
+            self._end(connection, run_id, "cancelled", why, lease=ours)
+            return self._give_back(connection, ours)
 
         return self._work(work, transaction=True)
 
@@ -289,7 +297,7 @@ class Runs(Leases):
 
         def work(connection: Connection) -> bool:
             if self._give_back(connection, lease):
-                self._end(connection, run_id, kind, error)
+                self._end(connection, run_id, kind, error, lease=lease)
                 return True
             # The answer to an earlier try may have been lost.
             ended = select(runs.c.end_kind).where(
@@ -342,7 +350,10 @@ class Runs(Leases):
         return self._work(lambda connection: self._run(connection, runs.c.run_id == run_id))
 
     def newest_run(self, agent_id: str, thread_id: str) -> Run | None:
-        """Return the run of a thread that was admitted last; None if none ever was."""
+        """Return the run of a thread that had an owner last; None if there never was one.
+
+        By its epoch, which only rises: a database's clock may step back.
+        """
         asked = runs.c.agent_id == agent_id, runs.c.thread_id == plain_text(thread_id)
         return self._work(lambda connection: self._run(connection, *asked))
 
@@ -471,11 +482,11 @@ class Runs(Leases):
         )
         return replace(lease, epoch=above_epoch + 1)
 
-    def _own(self, connection: Connection, run_id: str, owner: Owner, lease: Lease) -> None:
-        """Let a run go on under a new owner."""
-        connection.execute(
+    def _own(self, connection: Connection, run_id: str, owner: Owner, lease: Lease) -> bool:
+        """Let a run of the lease's thread go on under a new owner; tell whether there is one."""
+        owned = connection.execute(
             update(runs)
-            .where(runs.c.run_id == run_id)
+            .where(runs.c.run_id == run_id, *_of_thread(lease))
             .values(
                 owner_incarnation=owner.incarnation,
                 epoch=lease.epoch,
@@ -484,6 +495,7 @@ class Runs(Leases):
                 error=None,
             )
         )
+        return owned.rowcount > 0
 
     def _add_input(self, connection: Connection, run_id: str, number: int, given: RunInput) -> None:
         added = self._insert_into(run_inputs).values(
@@ -511,11 +523,19 @@ class Runs(Leases):
         return given.rowcount > 0
 
     def _end(
-        self, connection: Connection, run_id: str, kind: EndKind, error: str | None = None
+        self,
+        connection: Connection,
+        run_id: str,
+        kind: EndKind,
+        error: str | None = None,
+        *,
+        lease: Lease | None = None,
     ) -> None:
+        """Write down how a run ended: under a lease only one that was run under it."""
+        ours = () if lease is None else (*_of_thread(lease), runs.c.epoch == lease.epoch)
         connection.execute(
             update(runs)
-            .where(runs.c.run_id == run_id)
+            .where(runs.c.run_id == run_id, *ours)
             .values(
                 ended_at=self._now,
                 end_kind=kind,
@@ -524,7 +544,7 @@ class Runs(Leases):
         )
 
     def _run(self, connection: Connection, *asked: ColumnElement[bool]) -> Run | None:
-        newest = runs.c.admitted_at.desc(), runs.c.run_id
+        newest = runs.c.epoch.desc(), runs.c.admitted_at.desc(), runs.c.run_id
         row = connection.execute(select(runs).where(*asked).order_by(*newest).limit(1)).first()
         if row is None:
             return None
@@ -597,6 +617,18 @@ class Runs(Leases):
                 incidents.c.next_attempt_at > self._now,
             ),
         )
+
+
+def _of_thread(lease: Lease) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
+    """Return whether a run is of the thread that a lease is of."""
+    return runs.c.agent_id == lease.agent_id, runs.c.thread_id == plain_text(lease.thread_id)
+
+
+def _another_s(run: NewRun) -> ThreadBusyError:
+    return ThreadBusyError(
+        f"the run id {run.run_id!r:.80} is another's, and no run of thread {run.thread_id!r:.80} "
+        f"of {run.agent_id}: begin it under an id of its own"
+    )
 
 
 def _holder(owner_id: str, incarnation: str, by_agent: Sequence[Row[Any]]) -> Holder:

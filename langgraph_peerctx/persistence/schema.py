@@ -226,6 +226,9 @@ effects: Table = Table(
     Column("source", Text),  # who says what came of it
     Column("has_check", Integer, nullable=False, server_default=text("0")),
     Column("unknown_at", BigInteger),  # when nobody could tell
+    Column("unknown_to", Text),  # who could not
+    # An attempt in doubt was followed by this one all the same: its doubt is not over with it.
+    Column("retried", Integer, nullable=False, server_default=text("0")),
     PrimaryKeyConstraint("agent_id", "effect_id"),
     CheckConstraint("scope IN ('run', 'thread')", name="scope"),
     CheckConstraint("status IN ('intent', 'done', 'not_done')", name="status"),

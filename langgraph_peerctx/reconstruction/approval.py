@@ -1,5 +1,6 @@
 """When a human is asked before a workflow is resumed, and what is shown."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -65,8 +66,10 @@ def what_to_approve(
     """Return what a human is shown: why it is asked, what would be written, and from where."""
     evidence = state["evidence"]
     said: Json = {} if unclear is None else {"not_understood": repr(unclear)[:200]}
+    asked = [state["thread_id"], state.get("run_id"), *why, sorted(evidence["peer_context"])]
     return {
         "question": "Resume the workflow with this? Answer true or false.",
+        "question_id": hashlib.sha256(repr(asked).encode()).hexdigest()[:16],
         "why": list(why),
         "failed_agent_id": state["failed_agent_id"],
         "thread_id": state["thread_id"],

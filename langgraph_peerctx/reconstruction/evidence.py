@@ -11,7 +11,7 @@ from langgraph_peerctx.persistence.effect_ledger import Effect
 from langgraph_peerctx.protocol.messages import Interaction, Json
 from langgraph_peerctx.reconstruction.checkpoint import CheckpointView
 from langgraph_peerctx.reconstruction.inference import Inferred
-from langgraph_peerctx.reconstruction.settling import doubtful, effect_json
+from langgraph_peerctx.reconstruction.settling import effect_json
 from langgraph_peerctx.reconstruction.sources import EvidenceQuery, OwnHistory
 
 
@@ -64,7 +64,7 @@ def reconstruct(
     peers: PeerContext | None,
     effects: Sequence[Effect] = (),
     *,
-    resumed_after: int | None = None,
+    doubts: Sequence[Effect] = (),
 ) -> Reconstruction:
     """Put the evidence together; pure.
 
@@ -80,7 +80,7 @@ def reconstruct(
         *(peers.degraded if peers else ()),
         *_missing(checkpoint),
         *_out_of_sight(query),
-        *_unsettled(query, peers, effects, resumed_after),
+        *_unsettled(query, peers, effects, doubts),
     ]
     return Reconstruction(
         agent_id=query.agent_id,
@@ -145,7 +145,7 @@ def _unsettled(
     query: EvidenceQuery,
     peers: PeerContext | None,
     effects: Sequence[Effect],
-    step: int | None,
+    doubts: Sequence[Effect],
 ) -> list[str]:
     """Say which effects stay in doubt; only the peer that a key names settles it."""
     ours = {effect.key for effect in effects}
@@ -154,7 +154,7 @@ def _unsettled(
         for answer in (peers.in_doubt if peers else ())
         if answer.verdict != "cannot_tell"
     }
-    keys = [effect.key for effect in doubtful(effects, after=step)]
+    keys = [effect.key for effect in doubts]
     keys += [
         key.effect_key
         for key in query.in_doubt

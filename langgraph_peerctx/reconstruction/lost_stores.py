@@ -5,24 +5,25 @@ epoch: under the same id each effect has the same key again, so that a peer know
 effect that no ledger knows any more is in doubt until its peer has told.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 from langchain_core.runnables import RunnableConfig
 
 from langgraph_peerctx.asking import calls_of
 from langgraph_peerctx.durability.admission import (
-    digest_of,
     fenced,
     packed,
     packed_config,
     packed_context,
 )
+from langgraph_peerctx.durability.fenced_checkpointer import EPOCH, FencedCheckpointer
 from langgraph_peerctx.durability.ownership import AgentFence
-from langgraph_peerctx.durability.workflow import Workflow
+from langgraph_peerctx.durability.workflow import Workflow, checkpointer_of
 from langgraph_peerctx.identifiers import new_id
 from langgraph_peerctx.owned import how_it_ended, name_of, write_end
 from langgraph_peerctx.persistence.runs import NewRun, RunDurability, RunInput
@@ -30,20 +31,35 @@ from langgraph_peerctx.protocol.messages import Json
 from langgraph_peerctx.reconstruction.settling import OwnedThread
 from langgraph_peerctx.runtime import PeerContextRuntime
 
+RECEIPT: Final = "effect"
+"""The kind of interaction that a `Receiver` records; see `persistence.receipts`."""
+MARGIN = 16
+"""So many owners may have come after the last that wrote a checkpoint."""
+HIGHEST_EPOCH: Final = 2**53
+"""No thread changes owners so often: a higher one is a lie."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Remembered:
     """What peers remember of a run.
 
     Attributes:
-        run_id: The newest run with this input that any of them knows; None if none does.
+        run_ids: The runs that it can be, sorted: those that were given the same, or else those of
+            which nobody knows what they were given.
+        is_sure: Whether it is the one that stands there.
         epoch: The highest epoch that any of them has seen.
         since: When the first of it happened; None if nobody knows of anything.
     """
 
-    run_id: str | None = None
+    run_ids: tuple[str, ...] = ()
+    is_sure: bool = False
     epoch: int = 0
     since: datetime | None = None
+
+    @property
+    def run_id(self) -> str | None:
+        """The run, if it is known which it is."""
+        return self.run_ids[0] if self.is_sure else None
 
 
 def remembered(agent_id: str, facts: Mapping[str, Any], input_digest: str | None) -> Remembered:
@@ -61,13 +77,18 @@ def remembered(agent_id: str, facts: Mapping[str, Any], input_digest: str | None
         return Remembered()
     # An effect of the whole thread stands under the thread's id.
     named = [f for f in done if f.get("run_id") and f["run_id"] != f.get("thread_id")]
-    digests = {str(f["run_id"]): _payload(f)["input_digest"] for f in named if _has_digest(f)}
-    possible = [f for f in named if digests.get(str(f["run_id"]), input_digest) == input_digest]
-    newest = max(possible, key=_when, default=None)
-    run_id = None if newest is None else str(newest["run_id"])
-    of_it = [_when(fact) for fact in done if fact.get("run_id") == run_id]
-    since = min(of_it, default=None)
-    return Remembered(run_id=run_id, epoch=max(map(_epoch, done)), since=since)
+    receipts = [f for f in named if f.get("kind") == RECEIPT]
+    digests = {str(f["run_id"]): _payload(f).get("input_digest") for f in receipts}
+    same = {run_id for run_id, digest in digests.items() if digest and digest == input_digest}
+    # A peer without receipts knows the run, and not what it was given.
+    unsure = {run_id for f in named if digests.get(run_id := str(f["run_id"])) is None}
+    run_ids = same or unsure
+    return Remembered(
+        run_ids=tuple(sorted(run_ids)),
+        is_sure=len(same) == 1,
+        epoch=max(map(_epoch, receipts), default=0),
+        since=min((_when(f) for f in named if str(f["run_id"]) in run_ids), default=None),
+    )
 
 
 def said_of(known: Remembered, run_id: str | None) -> str:
@@ -88,12 +109,21 @@ def said_of(known: Remembered, run_id: str | None) -> str:
     )
 
 
-def unheard(coverage: Mapping[str, Any] | None) -> list[str]:
-    """Return who was asked and has not told what it remembers; pure."""
+def unheard(coverage: Mapping[str, Any] | None, expect: Sequence[str]) -> list[str]:
+    """Return who should have told what it remembers and has not; pure.
+
+    Args:
+        coverage: Of the gather; None if nobody was to be asked.
+        expect: Who was to answer, if the caller said so.
+    """
     if coverage is None:
         return []
-    kinds = ("silent", "left", "busy", "declined", "truncated", "contradicted")
-    return sorted({name for kind in kinds for name in coverage.get(kind, [])})
+    kinds = ("silent", "left", "busy", "declined", "contradicted")
+    missing = {name for kind in kinds for name in coverage.get(kind, [])}
+    missing |= set(expect) - set(coverage.get("answered", []))
+    if not missing and not coverage.get("roster_known"):
+        return ["whoever worked with it"]
+    return sorted(missing)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -139,6 +169,7 @@ class LostStores:
         *,
         agent_id: str,
         initial_state: Any,
+        input_digest: str | None,
         context: Any,
         durability: RunDurability | None,
     ) -> AsyncIterator["Begun"]:
@@ -161,13 +192,13 @@ class LostStores:
             context=packed_context(workflow, context),
             durability=durability,
             doubted_since=known.since,
-            above_epoch=known.epoch,
+            above_epoch=max(known.epoch, await _epoch_above(workflow, place)),
         )
         held = await ownership.aadmit(run)
         calls = calls_of(runtime) if self.asks_peers else None
         thread = OwnedThread(ownership=ownership, held=held, calls=calls)
         effects = thread.effects_of(
-            run.run_id, input_digest=digest_of(initial_state), doubted_since=known.since
+            run.run_id, input_digest=input_digest, doubted_since=known.since
         )
         metadata = {**(place.get("metadata") or {}), "run_id": run.run_id}
         behind = fenced(workflow, AgentFence(agent_id, ownership))
@@ -183,6 +214,22 @@ class LostStores:
             await write_end(ownership, held, run.run_id, "returned", None)
 
 
+async def _epoch_above(workflow: Workflow, place: RunnableConfig) -> int:
+    """Return an epoch that no owner of the thread is likely to have had.
+
+    Peers do not tell of the epochs below which they have barred keys. Where checkpoints are left,
+    these say which the last owner's was, and a fence looks at every epoch since. Otherwise the
+    seconds since 1970 are above any that was counted, and above those of an earlier loss.
+    """
+    saver = checkpointer_of(workflow)
+    bare = saver.bare if isinstance(saver, FencedCheckpointer) else saver
+    newest = None if bare is None else await bare.aget_tuple(place)
+    if newest is None:
+        return int(time.time())
+    epoch = newest.metadata.get(EPOCH)
+    return MARGIN + (epoch if isinstance(epoch, int) else 0)
+
+
 def _when(fact: Json) -> datetime:
     return datetime.fromisoformat(str(fact["occurred_at"]))
 
@@ -192,10 +239,8 @@ def _payload(fact: Json) -> Json:
     return payload if isinstance(payload, dict) else {}
 
 
-def _has_digest(fact: Json) -> bool:
-    return isinstance(_payload(fact).get("input_digest"), str)
-
-
 def _epoch(fact: Json) -> int:
     epoch = _payload(fact).get("epoch")
-    return epoch if isinstance(epoch, int) and not isinstance(epoch, bool) and epoch > 0 else 0
+    if not isinstance(epoch, int) or isinstance(epoch, bool):
+        return 0
+    return epoch if 0 < epoch <= HIGHEST_EPOCH else 0

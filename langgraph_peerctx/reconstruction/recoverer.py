@@ -8,7 +8,7 @@ import asyncio
 import inspect
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeAlias
@@ -246,6 +246,7 @@ class Recoverer:
             StoreError: If the control database failed.
         """
         control = self._ownership.control
+        await control.in_thread(partial(self._move_on, agent_id, thread_id))
         lost = await control.aopen_run(agent_id, thread_id)
         result = None if lost is None else await self.recover(lost, supervised)
         if result is not None:
@@ -255,6 +256,20 @@ class Recoverer:
         leases = await control.aleases_of_thread(thread_id)
         others = [lease.agent_id for lease in leases if lease.agent_id != agent_id]
         return as_it_stands(agent_id, thread_id, lost, incident, others)
+
+    def _move_on(self, agent_id: str, thread_id: str) -> None:
+        """Use what the caller knows and nobody knew before: answers, or an input."""
+        control = self._ownership.control
+        incident = control.incident_of(agent_id, thread_id)
+        if incident is None:
+            return
+        asks = incident.question is not None and "effects" in incident.question
+        if incident.status == "waiting_for_human" and asks and self._answers:
+            control.answer(incident.incident_id, self._answers)
+        elif incident.status == "dead_letter" and (
+            self._answers or self._initial_state is not None
+        ):
+            control.redrive(incident.incident_id)
 
     async def _attempt(
         self,
@@ -286,7 +301,7 @@ class Recoverer:
         result: RecoveryResult = state["result"]
         settlement = _settlement(result)
         if result["status"] == "in_doubt":
-            return self._in_doubt(steps.error, result)
+            return self._in_doubt(recovery, steps.error, result)
         if result["status"] == "failed":
             # A node may raise anything; only what stands under the run is an outage.
             is_outage = isinstance(steps.error, CheckpointerError | StaleOwnerError)
@@ -311,12 +326,13 @@ class Recoverer:
 
     @staticmethod
     def _in_doubt(
-        error: Exception | None, result: RecoveryResult
+        recovery: Recovery, error: Exception | None, result: RecoveryResult
     ) -> tuple[Settlement, RecoveryResult]:
         """Say what becomes of a run whose effects nobody could tell of."""
         if isinstance(error, InDoubtError) and not error.is_final:
             # It came up in the workflow itself: the next attempt asks before it runs.
-            again = replace(_handed_over(str(error)), result=kept(result), retry_seconds=0.0)
+            later = _patience(recovery.incident)
+            again = replace(_handed_over(str(error)), result=kept(result), retry_seconds=later)
             return again, result
         return replace(_settlement(result), status="dead_letter", end_kind="handed_over"), result
 
@@ -351,6 +367,7 @@ class Recoverer:
             ),
             initial_state=self._initial_state,
             answers=self._answers,
+            can_ask=checkpointer_of(workflow) is not None,
             inference=supervised.inference,
             incident_id=recovery.incident.incident_id,
             channel=supervised.peer_context_channel,
@@ -391,11 +408,13 @@ class Recoverer:
             "configurable": {"thread_id": f"{RECOVERY_THREAD}{incident.incident_id}"}
         }
         snapshot = await app.aget_state(place)
-        answer: Any = Command(resume=incident.answer["value"]) if incident.answer else None
-        given: Any = answer if snapshot.tasks else order
-        state = await self._invoked(app, given, place)
-        if state.get(INTERRUPT) and answer is not None and given is order:
-            state = await self._invoked(app, answer, place)  # it was given to an attempt before
+        if snapshot.tasks:
+            state = await self._invoked(app, _answer_to(snapshot.interrupts, incident), place)
+        else:
+            state = await self._invoked(app, order, place)
+            answer = _answer_to(state.get(INTERRUPT, ()), incident)
+            if answer is not None:  # it was given to an attempt before
+                state = await self._invoked(app, answer, place)
         if state.get(INTERRUPT):  # what it knows so far belongs to the question
             return {**(await app.aget_state(place)).values, INTERRUPT: state[INTERRUPT]}
         return state
@@ -490,6 +509,16 @@ class _OfThread:
     async def aepoch_of(self, thread_id: str) -> int:
         del thread_id
         return await self._fence.aepoch_of(self._thread_id)
+
+
+def _answer_to(asking: Sequence[Any], incident: Incident) -> Command[Any] | None:
+    """Return what a human has answered to exactly this question; None if it is another one."""
+    given = incident.answer
+    if given is None or not asking or not isinstance(asking[0].value, Mapping):
+        return None
+    if given.get("question_id") != asking[0].value.get("question_id"):
+        return None
+    return Command(resume=given["value"])
 
 
 def _patience(incident: Incident) -> float:

@@ -56,6 +56,7 @@ async def recover_and_resume_workflow_async(
     min_responses: int | None = None,
     in_doubt: Sequence[InDoubtKey] = (),
     answers: Mapping[str, Any] | None = None,
+    run_id: str | None = None,
     despite_silence: bool = False,
     llm: BaseChatModel | None = None,
     infer: Sequence[str] = (),
@@ -91,6 +92,7 @@ async def recover_and_resume_workflow_async(
             are known anyway.
         answers: What a human says of effects that are `in_doubt`, by their keys: true, false, or
             `{"happened": true, "reply": ...}`.
+        run_id: Which run it was, where no record of it is left and peers remember several.
         despite_silence: Begin a run anew of which no record is left, although peers that may
             remember it say nothing: what they have done for it may be done again. Otherwise it is
             `in_doubt` until they are heard.
@@ -133,6 +135,7 @@ async def recover_and_resume_workflow_async(
         open_store=partial(getattr, runtime, "store") if runtime else None,
         can_ask=False,
         answers=dict(answers or {}),
+        run_id=run_id,
         despite_silence=despite_silence,
         inference=Inference(llm=llm, keys=tuple(infer)),
         on_step=on_step,

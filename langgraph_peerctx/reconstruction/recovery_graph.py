@@ -7,7 +7,7 @@ the peers that are missing, reads the thread's head anew, and applies its update
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Annotated, Any
@@ -49,7 +49,7 @@ from langgraph_peerctx.owned import unowned
 from langgraph_peerctx.persistence.effect_ledger import Effect
 from langgraph_peerctx.persistence.runs import Run
 from langgraph_peerctx.protocol.looking import plain
-from langgraph_peerctx.protocol.messages import InDoubtKey
+from langgraph_peerctx.protocol.messages import WINDOW_LIMIT_SECONDS, InDoubtKey
 from langgraph_peerctx.reconstruction.approval import Thresholds, is_approved, what_to_approve
 from langgraph_peerctx.reconstruction.checkpoint import CheckpointView, load_checkpoint
 from langgraph_peerctx.reconstruction.evidence import Reconstruction, reconstruct, with_inferred
@@ -173,6 +173,7 @@ class RecoveryPlan:
         thread: The thread, where it is ours: its effects are settled, and done, under our lease.
         ended: The thread's last run, where it is not being recovered as an open one.
         lost: Begins a run anew of which no record is left; None if the caller owns nothing.
+        run_id: Which run it was, where the caller knows.
         despite_silence: Whether it is begun although peers that may remember it say nothing.
         answers: What a human says of effects in doubt, by their keys.
         inference: A model that may fill what no evidence has.
@@ -190,6 +191,7 @@ class RecoveryPlan:
     thread: OwnedThread | None = None
     ended: Run | None = None
     lost: LostStores | None = None
+    run_id: str | None = None
     despite_silence: bool = False
     answers: Mapping[str, Any] = field(default_factory=dict)
     inference: Inference = field(default_factory=Inference)
@@ -369,6 +371,8 @@ class RecoverySteps:
             thread_id=thread_id,
             time_window_seconds=seconds_in(state, "time_window_seconds"),
         ).reaching(view.created_at, settings.time_window_seconds)
+        if self.plan.lost is not None and decision.action == "restart":
+            query = replace(query, time_window_seconds=WINDOW_LIMIT_SECONDS)  # it may be long ago
         run_id = self._run_id(view)
         effects = await self._effects(run_id)
         begun |= {
@@ -412,17 +416,16 @@ class RecoverySteps:
                 for effect, word in words_on(effects, peers):
                     await self.plan.thread.settle(effect, word, "peer")
                 effects = await self._effects(state.get("run_id"))
+            doubts = self._doubted(state, effects)
             found = await self._infer(
-                state,
-                view,
-                reconstruct(query, view, own, peers, effects, resumed_after=_after(state)),
+                state, view, reconstruct(query, view, own, peers, effects, doubts=doubts)
             )
             evidence = dict(found)
             del evidence["state"]  # it is in the thread's own checkpoint
             step.detail.update(own_events=len(own.events), degraded=bool(evidence["degraded"]))
         return {
             "evidence": evidence,
-            "doubts": [effect.key for effect in doubtful(effects, after=_after(state))],
+            "doubts": [effect.key for effect in self._doubted(state, effects)],
             "epoch": self.plan.thread.epoch if self.plan.thread else 0,
             "steps": [*state["steps"], step.record],
         }
@@ -492,8 +495,16 @@ class RecoverySteps:
         if plan.lost is None or state["action"] != "restart" or plan.despite_silence:
             return None
         known = self._remembered(state)
-        silent = unheard(evidence["coverage"])
-        if not silent or not plan.lost.concerns(known):
+        if not plan.lost.concerns(known):
+            return None
+        if known.run_ids and not known.is_sure:
+            return (
+                f"No record of the run is left, and it may be one of those that peers remember: "
+                f"{', '.join(known.run_ids)}. Name it with run_id=, or begin another one with "
+                "despite_silence=True"
+            )
+        silent = unheard(evidence["coverage"], plan.limits.under(state).expect)
+        if not silent:
             return None
         return (
             f"No record of the run is left, and {', '.join(silent)} may remember what it has done, "
@@ -501,8 +512,21 @@ class RecoverySteps:
         )
 
     def _remembered(self, state: RecoveryState) -> Remembered:
-        facts = state["evidence"]["peer_context"]
-        return remembered(state["failed_agent_id"], facts, self._digest(state))
+        facts, run_id = state["evidence"]["peer_context"], self.plan.run_id
+        known = remembered(state["failed_agent_id"], facts, self._digest(state))
+        if run_id is None:
+            return known
+        since = known.since or datetime.now(UTC)
+        return replace(known, run_ids=(run_id,), is_sure=True, since=since)
+
+    def _known(self, state: RecoveryState, view: CheckpointView, decision: Decision) -> Remembered:
+        """Return what is known of a run without a record: a checkpoint names it."""
+        known = self._remembered(state)
+        if decision.action == "restart" or view.run_id is None:
+            return known
+        moments = [moment for moment in (known.since, view.created_at) if moment is not None]
+        since = min(moments, default=None)
+        return replace(known, run_ids=(view.run_id,), is_sure=True, since=since)
 
     def _digest(self, state: RecoveryState) -> str | None:
         given = self._initial_state(state)
@@ -532,7 +556,16 @@ class RecoverySteps:
         return plan.ended.doubted_since if plan.ended is not None and is_it else None
 
     async def _doubtful(self, state: RecoveryState) -> list[Effect]:
-        return doubtful(await self._effects(state.get("run_id")), after=_after(state))
+        return self._doubted(state, await self._effects(state.get("run_id")))
+
+    @staticmethod
+    def _doubted(state: RecoveryState, effects: Sequence[Effect]) -> list[Effect]:
+        return doubtful(
+            effects,
+            run_id=state.get("run_id") or "",
+            after=_after(state),
+            finished=_finished_nodes(state),
+        )
 
     async def _effects(self, run_id: str | None) -> list[Effect]:
         return [] if self.plan.thread is None else await self.plan.thread.known(run_id)
@@ -619,9 +652,10 @@ class RecoverySteps:
     ) -> Outcome:
         """Run the workflow with its effects: those of a run that is ours, or is begun anew."""
         plan, place = self.plan, self._place_of_run(state, before, decision)
-        known = self._remembered(state)
+        known = self._known(state, before, decision)
         options: Any = {"context": plan.context, "durability": durability}
-        lost = plan.lost if decision.action == "restart" and plan.admitted is None else None
+        is_named = decision.action == "restart" or before.run_id is not None
+        lost = plan.lost if plan.admitted is None and is_named else None
         if lost is None or not lost.concerns(known):
             if plan.thread is not None:
                 run_id = state.get("run_id") or new_id()
@@ -637,6 +671,7 @@ class RecoverySteps:
             known,
             agent_id=state["failed_agent_id"],
             initial_state=self._initial_state(state),
+            input_digest=self._digest(state),
             **options,
         )
         async with beginning as begun:
@@ -799,6 +834,13 @@ def _after(state: Mapping[str, Any]) -> int | None:
         return None
     step: int | None = checkpoint["step"]
     return step
+
+
+def _finished_nodes(state: Mapping[str, Any]) -> set[str]:
+    """Return the nodes of the open superstep that have finished all their tasks."""
+    tasks = (state.get("checkpoint") or {}).get("tasks", [])
+    unfinished = {task["name"] for task in tasks if task["state"] != "finished"}
+    return {task["name"] for task in tasks} - unfinished
 
 
 def _beginning(before: Sequence[StepRecord]) -> str:

@@ -1,11 +1,13 @@
 """Effects in doubt: who is asked, what a human is asked, and what an answer means."""
 
 import asyncio
+import hashlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
+from urllib.parse import unquote
 
 from pydantic import JsonValue
 
@@ -21,6 +23,10 @@ from langgraph_peerctx.protocol.messages import InDoubtAnswer, InDoubtKey, Json
 from langgraph_peerctx.reconstruction.approval import is_approved
 
 _logger = logging.getLogger(__name__)
+
+ASKED_AT_ONCE = 16
+MOST_KEYS = 1_000
+"""So many keys go into one request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +111,9 @@ class OwnedThread:
                 await self.settle(effect, told, "peer")
 
         asked = [(effect, effect.in_doubt_key) for effect in doubtful]
-        await asyncio.gather(*(ask(effect, key) for effect, key in asked if key is not None))
+        asking = [ask(effect, key) for effect, key in asked if key is not None]
+        for start in range(0, len(asking), ASKED_AT_ONCE):
+            await asyncio.gather(*asking[start : start + ASKED_AT_ONCE])
 
     @property
     def _peers(self) -> EffectPeers | None:
@@ -123,7 +131,7 @@ class OwnedThread:
 def keys_of(effects: Iterable[Effect]) -> list[InDoubtKey]:
     """Return what peers are asked about: each effect in doubt that names one."""
     keys = (effect.in_doubt_key for effect in unsettled([*effects]))
-    return [key for key in keys if key is not None]
+    return [key for key in keys if key is not None][:MOST_KEYS]
 
 
 def words_on(
@@ -136,7 +144,13 @@ def words_on(
     return [(effect, word) for effect, word in found if word is not None]
 
 
-def doubtful(effects: Iterable[Effect], *, after: int | None) -> list[Effect]:
+def doubtful(
+    effects: Iterable[Effect],
+    *,
+    run_id: str,
+    after: int | None,
+    finished: Collection[str] = (),
+) -> list[Effect]:
     """Return the effects that a human must be asked about before the workflow goes on.
 
     Not those that are done again whatever became of them; nor those at which the workflow can look
@@ -144,16 +158,25 @@ def doubtful(effects: Iterable[Effect], *, after: int | None) -> list[Effect]:
     never comes to again.
 
     Args:
-        effects: A run's.
+        effects: A run's, and those of its thread: of another run's the workflow asks if it comes
+            to them.
+        run_id: The run.
         after: The superstep that the checkpoint closes; None if the run begins anew.
+        finished: Nodes of the next one that have finished all their tasks.
     """
     return [
         effect
         for effect in unsettled([*effects])
         if effect.if_unknown != "retry"
-        and (not effect.has_check or effect.unknown_at is not None)
-        and (after is None or effect.scope == "thread" or effect.superstep > after)
+        and (not effect.has_check or effect.unknown_to == "check")
+        and effect.run_id == run_id
+        and (after is None or effect.superstep > after)
+        and not (effect.superstep - 1 == after and _node_of(effect) in finished)
     ]
+
+
+def _node_of(effect: Effect) -> str:
+    return unquote(effect.position.partition("@")[0])
 
 
 def why_unknown(effect: Effect, *, asked: bool) -> str:
@@ -174,6 +197,11 @@ def question_of(effect: Effect) -> str:
     return f"Did {effect.name!r} reach {effect.peer_id}?"
 
 
+def question_id(*parts: object) -> str:
+    """Return what binds an answer to the question that was asked: another one gets another."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
 def what_to_settle(
     effects: Sequence[Effect], *, asked: bool, consumed: Sequence[Json], unclear: object = None
 ) -> Json:
@@ -182,6 +210,7 @@ def what_to_settle(
     said: Json = {} if unclear is None else {"not_understood": repr(unclear)[:200]}
     return {
         "question": " ".join(lines),
+        "question_id": question_id("settle", *((e.key, e.attempt) for e in effects)),
         "how_to_answer": (
             "true if it happened, false if it did not and will not any more; of several, an object "
             "from key to that; with its outcome: {KEY: {'happened': true, 'reply': ...}}"

@@ -666,3 +666,308 @@ async def test_whoever_is_cancelled_before_the_call_leaves_nothing_in_doubt(
         assert time.monotonic() < deadline
         await asyncio.sleep(0.01)
     assert world.done == []
+
+
+@pytest.mark.parametrize("saver", [True, False, None])
+@pytest.mark.parametrize("is_called", [True, False])
+async def test_a_graph_with_checkpoints_of_its_own_has_an_effect_each_time(
+    world: World, *, saver: bool | None, is_called: bool
+) -> None:
+    """Its namespace has no task ids above it: `sub|inner:task`."""
+
+    async def inner(state: State) -> Any:
+        await effect("order", world.aact, state["n"])
+        return {"n": state["n"] + 1}
+
+    builder = StateGraph(State)
+    builder.add_node("inner", inner)
+    builder.add_edge(START, "inner")
+    nested = builder.compile(checkpointer=saver)
+
+    async def called(state: State) -> Any:
+        return await nested.ainvoke({"n": state["n"]})
+
+    builder = StateGraph(State)
+    builder.add_node("sub", called if is_called else nested)
+    builder.add_edge(START, "sub")
+    builder.add_conditional_edges("sub", lambda s: "sub" if s["n"] < 3 else END)
+    await builder.compile(checkpointer=InMemorySaver()).ainvoke({"n": 0}, world.at())
+    assert world.done == [0, 1, 2]
+    inner_steps = (1, 4, 7) if saver is True else (1, 1, 1)  # it goes on from its own checkpoint
+    assert [e.position for e in world.known()] == [
+        f"sub@{n + 1}/inner@{step}" for n, step in enumerate(inner_steps)
+    ]
+
+
+async def test_a_graph_with_checkpoints_of_its_own_goes_on_at_the_same_place(world: World) -> None:
+    dies = [True]
+
+    async def inner(state: State) -> Any:
+        told = await effect("order", world.aact, state["n"])
+        if dies.pop() if dies else False:
+            raise DieError
+        return {"log": [told["times"]]}
+
+    builder = StateGraph(State)
+    builder.add_node("inner", inner)
+    builder.add_edge(START, "inner")
+    nested = builder.compile(checkpointer=True)
+
+    async def twice(_: State) -> Any:
+        first, second = await nested.ainvoke({"n": 1}), await nested.ainvoke({"n": 2})
+        return {"log": [*first["log"], *second["log"]]}
+
+    app = line(("sub", twice))
+    with pytest.raises(DieError):
+        await app.ainvoke({}, world.at())
+    await app.ainvoke(None, world.at())
+    assert world.done == [1, 2]
+    assert [e.position for e in world.known()] == ["sub@1/inner@1", "sub@1+1/inner@1"]
+
+
+@pytest.mark.parametrize("is_refuted", [True, False])
+async def test_what_came_of_it_is_written_down_whoever_is_cancelled_meanwhile(
+    world: World, *, is_refuted: bool
+) -> None:
+    """Others are busy with the database at that moment."""
+    go_on, called = threading.Event(), asyncio.Event()
+
+    async def act() -> Any:
+        for _ in range(40):
+            world.control.later(lambda: go_on.wait(10))
+        called.set()
+        if is_refuted:
+            raise ConnectionRefusedError
+        return {"number": 7}
+
+    async def node(_: State) -> Any:
+        return {"log": [await effect("order", act, not_done_on=[ConnectionRefusedError])]}
+
+    running = asyncio.ensure_future(line(("node", node)).ainvoke({}, world.at()))
+    await called.wait()
+    for _ in range(2):
+        await asyncio.sleep(0.05)
+        running.cancel()
+    asyncio.get_running_loop().call_later(0.1, go_on.set)
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    (known,) = world.known()
+    assert (known.status, known.outcome) == (
+        ("not_done", None) if is_refuted else ("done", {"number": 7})
+    )
+
+
+async def test_an_outcome_that_cannot_be_written_while_the_caller_is_cancelled_is_said(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    called = asyncio.Event()
+
+    async def act() -> Any:
+        world.control.close()
+        called.set()
+
+    async def node(_: State) -> Any:
+        await effect("order", act)
+
+    running = asyncio.ensure_future(line(("node", node)).ainvoke({}, world.at()))
+    await called.wait()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert "what came of an effect is not written down" in caplog.text
+
+
+async def test_a_second_attempt_that_was_not_done_leaves_the_first_in_doubt(world: World) -> None:
+    failing: list[BaseException | None] = [ConnectionRefusedError("no"), TimeoutError("maybe")]
+
+    async def node(_: State) -> Any:
+        fails = failing.pop() if failing else None
+        call = partial(world.aact, "it", fails)
+        refused = (ConnectionRefusedError,)
+        await effect("order", call, if_unknown="retry", not_done_on=refused, peer=PEER)
+
+    app = line(("node", node))
+    with pytest.raises(TimeoutError):
+        await app.ainvoke({}, world.at())
+    with pytest.raises(ConnectionRefusedError):
+        await app.ainvoke(None, world.at())
+    assert [(e.status, e.attempt) for e in world.known()] == [("intent", 2)]
+    world.says = "seen"
+    await app.ainvoke(None, world.at())
+    assert world.done == ["it", "it"]
+
+
+async def test_a_peer_that_cannot_tell_is_not_taken_for_a_look_in_vain(world: World) -> None:
+    failing: list[BaseException | None] = [TimeoutError("no answer")]
+    unknown_to: list[str | None] = []
+
+    async def look(_ticket: Any) -> Settled:
+        unknown_to.append(world.known()[0].unknown_to)
+        return Settled.unknown()
+
+    async def node(_: State) -> Any:
+        fails = failing.pop() if failing else None
+        await effect("order", world.aact, "it", fails, peer=PEER, check=look)
+
+    app = line(("node", node))
+    with pytest.raises(TimeoutError):
+        await app.ainvoke({}, world.at())
+    assert world.known()[0].unknown_to is None
+    world.says = "cannot_tell"
+    with pytest.raises(InDoubtError):
+        await app.ainvoke(None, world.at())
+    assert unknown_to == ["peer"]
+    assert world.known()[0].unknown_to == "check"
+
+
+def two_at_once(one: Any, other: Any) -> Any:
+    builder = StateGraph(State)
+    for name, node in (("one", one), ("other", other)):
+        builder.add_node(name, node)
+        builder.add_edge(START, name)
+    return builder.compile(checkpointer=InMemorySaver())
+
+
+async def test_of_two_nodes_at_once_with_one_key_the_second_waits_for_the_first(
+    world: World,
+) -> None:
+    async def slow() -> Any:
+        await asyncio.sleep(0.1)
+        return world.act()
+
+    async def node(_: State) -> Any:
+        return {"log": [await effect("order", slow, scope="thread")]}
+
+    told = await two_at_once(node, node).ainvoke({}, world.at())
+    assert told["log"] == [{"done": "it", "times": 1}] * 2
+    assert len(world.done) == 1
+
+
+def test_in_sync_nodes_too(world: World) -> None:
+    def slow() -> Any:
+        time.sleep(0.1)
+        return world.act()
+
+    def node(_: State) -> Any:
+        return {"log": [effect("order", slow, scope="thread")]}
+
+    told = two_at_once(node, node).invoke({}, world.at())
+    assert told["log"] == [{"done": "it", "times": 1}] * 2
+    assert len(world.done) == 1
+
+
+async def test_what_the_first_leaves_in_doubt_the_second_asks_about(world: World) -> None:
+    fails: list[BaseException | None] = [TimeoutError("maybe")]
+
+    async def slow() -> Any:
+        await asyncio.sleep(0.1)
+        return world.act("it", fails.pop() if fails else None)
+
+    async def node(_: State) -> Any:
+        try:
+            return {"log": [await effect("order", slow, scope="thread", peer=PEER)]}
+        except TimeoutError:
+            return {"log": ["in time"]}
+
+    world.says, world.reply = "seen", "the peer's"
+    told = await two_at_once(node, node).ainvoke({}, world.at())
+    assert sorted(told["log"]) == ["in time", "the peer's"]
+    assert len(world.done) == 1
+
+
+async def test_who_waits_may_be_cancelled_and_the_first_goes_on(world: World) -> None:
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow() -> Any:
+        begun.set()
+        await go_on.wait()
+        return world.act()
+
+    async def node(_: State) -> Any:
+        first = asyncio.ensure_future(effect("order", slow, scope="thread"))
+        await begun.wait()
+        return {"log": [await first]}
+
+    async def impatient(_: State) -> Any:
+        await begun.wait()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await effect("order", slow, scope="thread")
+        go_on.set()
+        return {}
+
+    told = await two_at_once(node, impatient).ainvoke({}, world.at())
+    assert told["log"] == [{"done": "it", "times": 1}]
+
+
+async def test_where_waiting_might_never_end_it_is_refused(world: World) -> None:
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow() -> Any:
+        begun.set()
+        await go_on.wait()
+        return world.act()
+
+    async def node(_: State) -> Any:
+        return {"log": [await effect("order", slow, scope="thread")]}
+
+    async def refused() -> None:
+        with pytest.raises(ConfigurationError, match="is being done at this moment"):
+            await effect("order", world.aact, scope="thread")
+
+    async def inside_of_another_effect(_: State) -> Any:
+        await begun.wait()
+        await effect("another", refused)
+        go_on.set()
+        return {}
+
+    told = await two_at_once(node, inside_of_another_effect).ainvoke({}, world.at())
+    assert told["log"] == [{"done": "it", "times": 1}]
+    begun.clear()
+    go_on.clear()
+
+    async def again(_: State) -> Any:
+        return {"log": [await effect("order-2", slow, scope="thread")]}
+
+    async def blocking_the_loop(_: State) -> Any:
+        await begun.wait()
+        with pytest.raises(ConfigurationError, match="is being done at this moment"):
+            effect("order-2", world.act, scope="thread")
+        go_on.set()
+        return {}
+
+    told = await two_at_once(again, blocking_the_loop).ainvoke({}, world.at("run-2"))
+    assert told["log"] == [{"done": "it", "times": 2}]
+
+
+@pytest.mark.parametrize("wrong", ["ValueError", ValueError, [ValueError, "x"], (ValueError(),), 5])
+def test_what_is_no_exception_class_is_refused_at_once(wrong: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"not_done_on=.*expected a tuple of exception"):
+        effect("order", not_done_on=wrong)
+
+
+async def test_the_exceptions_may_stand_in_a_list(world: World) -> None:
+    async def node(_: State) -> Any:
+        call = partial(world.aact, "it", ConnectionRefusedError())
+        await effect("order", call, not_done_on=[ConnectionRefusedError])
+
+    with pytest.raises(ConnectionRefusedError):
+        await line(("node", node)).ainvoke({}, world.at())
+    assert [e.status for e in world.known()] == ["not_done"]
+
+
+async def test_a_run_knows_which_of_its_effects_have_no_outcome(world: World) -> None:
+    async def node(_: State) -> Any:
+        await effect("done", world.aact)
+        for name, fails in (("not done", ConnectionRefusedError()), ("unclear", TimeoutError())):
+            with pytest.raises(type(fails)):
+                await effect(name, world.aact, "x", fails, not_done_on=(ConnectionRefusedError,))
+        return {}
+
+    effects = world.effects()
+    place: Any = {"configurable": {"thread_id": THREAD}}
+    await line(("node", node)).ainvoke({}, effects.go_along(place))
+    (left,) = effects.unsettled
+    assert left.name == "unclear"
+    effects.settle(left, "not_seen", "peer")
+    assert effects.unsettled == []

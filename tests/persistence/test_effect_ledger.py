@@ -97,6 +97,52 @@ def test_an_attempt_that_does_not_count_is_followed_by_one_more_and_by_no_other(
     assert not control.intend(NEW, over=1, **ours).has_begun
 
 
+def test_what_we_know_of_a_second_attempt_is_no_word_on_a_first_in_doubt(
+    control: ControlDatabase,
+) -> None:
+    ours = claimed(control)
+    control.intend(NEW, **ours)
+    second = control.intend(NEW, over=1, **ours).effect
+    assert second.is_retried
+    assert control.refute(second) == second, "the first may have happened"
+    assert not control.intend(NEW, **ours).has_begun
+    third = control.intend(NEW, over=2, **ours).effect
+    assert third.is_retried
+    # Its peer's word is on all of them.
+    assert control.settle_effect(third, "not_seen", "peer").status == "not_done"
+    fourth = control.intend(NEW, **ours).effect
+    assert not fourth.is_retried
+    assert control.refute(fourth).status == "not_done"
+
+
+def test_who_could_not_tell_is_known(control: ControlDatabase) -> None:
+    ours = claimed(control)
+    first = control.intend(NEW, **ours).effect
+    assert first.unknown_to is None
+    assert control.settle_effect(first, "cannot_tell", "peer").unknown_to == "peer"
+    assert control.settle_effect(first, "cannot_tell", "check").unknown_to == "check"
+    again = control.settle_effect(first, "cannot_tell", "peer")
+    assert again.unknown_to == "check", "who has looked in vain, has"
+    assert control.intend(NEW, **ours).effect == again
+    second = control.intend(NEW, over=1, **ours).effect
+    assert (second.unknown_at, second.unknown_to) == (None, None)
+
+
+def test_the_terms_of_what_is_in_doubt_are_brought_up_to_date(control: ControlDatabase) -> None:
+    ours = claimed(control)
+    bare = replace(NEW, peer_id=None, if_unknown="retry")
+    first = control.intend(bare, **ours).effect
+    found = control.intend(replace(NEW, if_unknown="fail", has_check=True), **ours)
+    assert not found.has_begun
+    assert found.effect == replace(first, peer_id=NEW.peer_id, if_unknown="fail", has_check=True)
+    assert control.effect(NEW) == found.effect
+    # Only whom it was sent to can tell.
+    moved = control.intend(replace(NEW, peer_id="another-agent"), **ours).effect
+    assert (moved.peer_id, moved.if_unknown) == (NEW.peer_id, "ask")
+    control.conclude(first, "done")
+    assert control.intend(bare, **ours).effect.if_unknown == "ask", "that is over"
+
+
 def test_whoever_settles_first_settles_it(control: ControlDatabase) -> None:
     ours = claimed(control)
     first = control.intend(NEW, **ours).effect

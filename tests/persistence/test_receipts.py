@@ -93,7 +93,12 @@ def test_a_done_effect_is_remembered_as_an_interaction(store: EventStore) -> Non
     (told,) = store.interactions_with("inventory", "product", thread_id="t")
     assert (told.kind, told.from_agent, told.to_agent) == ("effect", "product", "inventory")
     assert (told.interaction_id, told.effect_key, told.run_id) == ("effect:product:k", "k", "r")
-    assert told.payload == {"name": "reserve", "epoch": 1, "reply": {"reserved": 10}}
+    assert told.payload == {
+        "name": "reserve",
+        "epoch": 1,
+        "input_digest": None,
+        "reply": {"reserved": 10},
+    }
 
 
 def test_the_longest_ids_and_names_are_taken(store: EventStore) -> None:
@@ -220,11 +225,25 @@ def test_what_did_not_arrive_is_denied_and_never_arrives_from_an_older_owner(
 
 def test_a_bar_is_raised_and_never_lowered(declared: EventStore) -> None:
     for asked, stands in ((2, 2), (5, 5), (3, 5), (5, 5)):
-        assert settle(declared, epoch=asked) == SettledKey("not_seen")
+        verdict = "not_seen" if asked == stands else "cannot_tell"
+        assert settle(declared, epoch=asked).verdict == verdict
         (bar,) = rows(declared, "peerctx_barred_keys")
         assert bar["below_epoch"] == stands
     with pytest.raises(StaleOwnerError):
         receive(declared, ticket(epoch=4))
+
+
+def test_an_asker_whose_own_ticket_would_be_refused_is_denied_nothing(
+    declared: EventStore,
+) -> None:
+    assert settle(declared, epoch=5) == SettledKey("not_seen")
+    receive(declared, ticket("another", epoch=4))
+    for key, epoch in (("k", 2), ("k", 4), ("of its thread", 3)):
+        assert settle(declared, key, epoch) == SettledKey("cannot_tell")
+        with pytest.raises(StaleOwnerError):
+            receive(declared, ticket(key, epoch))
+    assert settle(declared, epoch=5) == SettledKey("not_seen")
+    assert receive(declared, ticket(epoch=5)).arrival == "first"
 
 
 def test_who_never_declared_denies_nothing_and_bars_nothing(store: EventStore) -> None:
@@ -435,7 +454,8 @@ def test_whatever_happens_a_key_is_first_once_and_what_is_denied_never_arrives(
         for step, key, epoch in steps:
             if step == "settle":
                 verdict, reply = settle(store, key, epoch)
-                unheard = "not_seen" if epoch else "cannot_tell"
+                would_be_taken = epoch >= max(newest, barred.get(key, 0), 1)
+                unheard = "not_seen" if would_be_taken else "cannot_tell"
                 assert verdict == {"done": "seen", "open": "cannot_tell"}.get(
                     begun.get(key, ""), unheard
                 )
@@ -462,3 +482,11 @@ def test_whatever_happens_a_key_is_first_once_and_what_is_denied_never_arrives(
             else:
                 assert store.close_receipt(joint, "inventory", ticket(key, epoch), key) == key
                 begun[key] = "done"
+
+
+def test_an_order_that_was_recorded_and_not_done_has_not_arrived(declared: EventStore) -> None:
+    """Its agent recorded the letter, and died before the receipt was committed."""
+    before = datetime.now(UTC) - timedelta(seconds=60)
+    remember(declared)
+    assert settle(declared) == ("not_seen", None)
+    assert settle(declared, intent_at=before) == ("seen", None)

@@ -214,6 +214,49 @@ async def test_open_runs_are_counted(control: ControlDatabase) -> None:
     assert control.count_open() == 1
 
 
+def test_a_clock_that_steps_back_does_not_change_which_run_is_the_newest(
+    control: ControlDatabase,
+) -> None:
+    control.end(control.admit(new("r1"), owner("a")), "r1", "returned")
+    with control._engine.begin() as connection:
+        later = "UPDATE peerctx_runs SET admitted_at = admitted_at + 3600000000"
+        connection.exec_driver_sql(later)
+    lease = control.admit(new("r2"), owner("a"))
+    newest = control.newest_run("agent", "t")
+    assert newest is not None
+    assert (newest.run_id, newest.epoch) == ("r2", lease.epoch)
+
+
+def test_a_run_id_of_another_is_not_taken_and_its_run_stays_as_it_was(
+    control: ControlDatabase,
+) -> None:
+    control.admit(new("victim", "t9", agent_id="billing"), owner("a"))
+    before = control.run("victim")
+    for thread, agent in (("t", "agent"), ("t9", "agent"), ("t", "billing")):
+        for begin in (control.admit, control.reopen):
+            with pytest.raises(ThreadBusyError, match="the run id 'victim' is another's"):
+                begin(new("victim", thread, agent_id=agent, given=given(b"evil")), owner("b"))
+        assert control.lease_of(agent, thread) is None, "nothing was written"
+    lease = control.admit(new("mine"), owner("b"))
+    assert before is not None
+    assert lease.epoch == before.epoch
+    control.end(lease, "victim", "returned")
+    assert control.run("victim") == before
+    control.admit(new("another", "t2"), owner("b"))
+    assert not control.withdraw("agent", "t2", "victim", "b")
+    assert control.run("victim") == before
+
+
+def test_a_run_that_is_begun_anew_under_its_id_is_open_again(control: ControlDatabase) -> None:
+    control.end(control.admit(new(), owner("a")), "r1", "raised")
+    lease = control.admit(new(), owner("b"))
+    run = control.run("r1")
+    assert run is not None
+    assert (run.is_open, run.epoch, run.owner_incarnation) == (True, 2, "b")
+    assert control.end(lease, "r1", "returned")
+    assert control.run("r1").end_kind == "returned"  # type: ignore[union-attr]
+
+
 def test_of_twenty_admissions_at_once_one_succeeds(url: str, control: ControlDatabase) -> None:
     del control
     together = threading.Barrier(20)

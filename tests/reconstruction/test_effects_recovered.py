@@ -15,13 +15,19 @@ from runtime_threads import no_runtime_left
 
 from langgraph_peerctx import Receiver, Settled, background, current_effect, effect
 from langgraph_peerctx.config import PeerContextSettings
-from langgraph_peerctx.durability.admission import packed, packed_config
+from langgraph_peerctx.durability.admission import (
+    digest_of,
+    packed,
+    packed_config,
+    packed_input,
+)
 from langgraph_peerctx.durability.run_effects import About, RunEffects
 from langgraph_peerctx.errors import InDoubtError, StaleOwnerError
 from langgraph_peerctx.lifecycle import peer_context_lifespan
 from langgraph_peerctx.messaging.context_handler import ContextRequestHandler
 from langgraph_peerctx.nodes.state import PeerContextState
 from langgraph_peerctx.owned import own_runs
+from langgraph_peerctx.persistence.effect_ledger import NewEffect
 from langgraph_peerctx.persistence.event_store import EventStore, record_interaction
 from langgraph_peerctx.persistence.incidents import ControlDatabase, Incident
 from langgraph_peerctx.persistence.runs import NewRun, Owner, RunInput
@@ -165,7 +171,13 @@ async def lose(control: ControlDatabase, app: Any, *, run_id: str = "r1") -> Non
         ),
         GHOST,
     )
-    about = About(agent_id=AGENT, thread_id=THREAD, run_id=run_id, epoch=lease.epoch)
+    about = About(
+        agent_id=AGENT,
+        thread_id=THREAD,
+        run_id=run_id,
+        epoch=lease.epoch,
+        input_digest=digest_of({"log": ["in"]}),
+    )
     effects = RunEffects(control, about, incarnation=GHOST.incarnation)
     place = effects.go_along({**AT, "metadata": {"run_id": run_id}})
     with pytest.raises(KilledError):
@@ -615,3 +627,235 @@ async def test_a_finished_runs_effects_are_not_taken_for_those_of_another_input(
     one, two = peer.tickets
     assert one.run_id != two.run_id
     assert two.epoch > one.epoch
+
+
+def two_orders(peer: Peer, other: Any) -> Any:
+    """A workflow whose second order comes after the first is settled."""
+
+    async def first(_: State) -> Any:
+        told = await effect("first", peer.order, "first", peer=PEER)
+        return {"log": [told]}
+
+    async def second(_: State) -> Any:
+        return {"log": [await effect("second", other, peer="silent-agent")]}
+
+    builder = StateGraph(State)
+    builder.add_node("first", first)
+    builder.add_node("second", second)
+    builder.add_edge(START, "first")
+    builder.add_edge("first", "second")
+    builder.add_edge("second", END)
+    return builder.compile(checkpointer=InMemorySaver(), name="launch")
+
+
+@pytest.mark.parametrize("answer", [True, False])
+async def test_an_answer_is_to_the_question_that_was_asked_and_to_no_other(
+    control: ControlDatabase, peer: Peer, answer: Any
+) -> None:
+    calls: list[int] = []
+
+    async def times_out() -> Any:
+        calls.append(1)
+        raise TimeoutError
+
+    app = two_orders(peer, times_out)
+    peer.dies = ["after" if answer else "before"]
+    await lose(control, app)
+    async with RecoverySupervisor({"launch": app}):
+        incident = await settled(control, "waiting_for_human")
+        assert "'first'" in str(incident.question)
+        await aanswer_recovery(incident.incident_id, {"first": answer})
+        deadline = time.monotonic() + 30
+        while "'second'" not in str(
+            (incident := await settled(control, "waiting_for_human")).question
+        ):
+            assert time.monotonic() < deadline, incident
+            await asyncio.sleep(0.02)
+    assert len(calls) == 1
+    assert {e.name: e.status for e in control.effects_of(AGENT, THREAD, "r1")}["second"] == "intent"
+    assert peer.applied == ["first"]
+
+
+async def lost(peer: Peer, **more: Any) -> Any:
+    """Recover a thread of which nothing is left."""
+    return await recover_and_resume_workflow_async(
+        workflow=more.pop("app", None) or workflow(peer),
+        agent_id=AGENT,
+        thread_id=THREAD,
+        **{"initial_state": {"log": ["in"]}, "expect": [PEER], **more},
+    )
+
+
+async def test_of_several_runs_that_were_given_the_same_nobody_guesses_which(
+    control: ControlDatabase,
+    peer: Peer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    owned = own_runs(workflow(peer), agent_id=AGENT)
+    await owned.ainvoke({"log": ["in"]}, AT)
+    background.stop_kept_runtime()
+    peer.dies = ["after"]
+    await lose(control, workflow(peer), run_id="r2")
+    monkeypatch.setenv("PEER_CONTEXT_CONTROL_DATABASE_URL", f"sqlite:///{tmp_path}/new.db")
+    async with peer.answering():
+        result = await lost(peer)
+        assert result["status"] == "in_doubt"
+        assert "Name it with run_id=" in result["reasons"][0]
+        assert "r2" in result["reasons"][0]
+        result = await lost(peer, run_id="r2")
+    assert result["status"] == "restarted"
+    assert peer.applied == ["4711", "4711"]
+
+
+async def test_without_a_broker_a_run_of_which_no_record_is_left_is_not_begun(
+    control: ControlDatabase,
+    peer: Peer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    free_tcp_port: int,
+) -> None:
+    peer.dies = ["after"]
+    await lose(control, workflow(peer))
+    monkeypatch.setenv("PEER_CONTEXT_CONTROL_DATABASE_URL", f"sqlite:///{tmp_path}/new.db")
+    monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", f"127.0.0.1:{free_tcp_port}")
+    for expect in ([PEER], []):
+        result = await lost(peer, expect=expect)
+        assert result["status"] == "in_doubt"
+    assert peer.applied == ["4711"]
+
+
+async def test_what_happened_long_ago_is_remembered_too(
+    control: ControlDatabase,
+    peer: Peer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    peer.dies = ["after"]
+    await lose(control, workflow(peer))
+    monkeypatch.setenv("PEER_CONTEXT_CONTROL_DATABASE_URL", f"sqlite:///{tmp_path}/new.db")
+    monkeypatch.setenv("PEER_CONTEXT_TIME_WINDOW_SECONDS", "0.1")
+    await asyncio.sleep(0.3)
+    async with peer.answering():
+        result = await lost(peer)
+    assert result["final_state"]["log"] == ["in", "plan", {"number": 1}]
+    assert peer.applied == ["4711"]
+
+
+async def test_with_its_control_database_lost_a_thread_goes_on_from_its_checkpoint(
+    control: ControlDatabase,
+    peer: Peer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    app = workflow(peer)
+    peer.dies = ["after"]
+    await lose(control, app)
+    monkeypatch.setenv("PEER_CONTEXT_CONTROL_DATABASE_URL", f"sqlite:///{tmp_path}/new.db")
+    async with peer.answering():
+        result = await lost(peer, app=app, initial_state=None)
+    assert result["status"] == "resumed"
+    assert result["final_state"]["log"] == ["in", "plan", {"number": 1}]
+    assert peer.applied == ["4711"]
+    with ControlDatabase(f"sqlite:///{tmp_path}/new.db") as new:
+        run = new.newest_run(AGENT, THREAD)
+        assert run is not None
+        assert (run.run_id, run.end_kind) == ("r1", "returned")
+
+
+async def test_an_answer_by_hand_reaches_a_recovery_that_waits(
+    control: ControlDatabase, peer: Peer
+) -> None:
+    app = workflow(peer)
+    peer.dies = ["after"]
+    await lose(control, app)
+
+    async def recover(**more: Any) -> Any:
+        return await recover_and_resume_workflow_async(
+            workflow=app, agent_id=AGENT, thread_id=THREAD, peer_context_timeout=0.5, **more
+        )
+
+    result = await recover()
+    assert result["status"] == "waiting_for_human"
+    assert "Did 'order 4711' reach inventory-agent?" in result["reasons"][0]
+    result = await recover(answers={"order 4711": {"happened": True, "reply": {"number": 1}}})
+    assert result["status"] == "resumed"
+    assert result["final_state"]["log"] == ["in", "plan", {"number": 1}]
+    assert peer.applied == ["4711"]
+
+
+async def test_a_doubt_of_a_sibling_that_has_finished_is_not_asked_about(
+    control: ControlDatabase, peer: Peer
+) -> None:
+    async def left(_: State) -> Any:
+        async def fails() -> None:
+            raise TimeoutError
+
+        with pytest.raises(TimeoutError):
+            await effect("reminder", fails, peer=PEER)
+        return {"log": ["left"]}
+
+    async def right(_: State) -> Any:
+        await asyncio.sleep(0.2)
+        return {"log": [await effect("order 4711", peer.order, "4711", if_unknown="retry")]}
+
+    builder = StateGraph(State)
+    for name, node in (("left", left), ("right", right)):
+        builder.add_node(name, node)
+        builder.add_edge(START, name)
+    app = builder.compile(checkpointer=InMemorySaver(), name="launch")
+    peer.dies = ["before"]
+    await lose(control, app)
+    async with RecoverySupervisor({"launch": app}):
+        await settled(control)
+    assert await log_of(app) == ["in", "left", {"number": 1}]
+
+
+async def test_a_doubt_of_another_run_does_not_stop_this_one(
+    control: ControlDatabase, peer: Peer
+) -> None:
+    ours = control.claim(AGENT, THREAD, owner_id="p", incarnation="old", ttl_seconds=0.001)
+    assert ours is not None
+    old = NewEffect(
+        agent_id=AGENT,
+        thread_id=THREAD,
+        run_id="r0",
+        position="gone@1",
+        name="yesterday",
+        peer_id=PEER,
+        scope="thread",
+    )
+    control.intend(old, epoch=ours.epoch, incarnation="old")
+    await asyncio.sleep(0.05)
+    app = workflow(peer, if_unknown="retry", peer=None)
+    peer.dies = ["before"]
+    await lose(control, app)
+    async with RecoverySupervisor({"launch": app}):
+        await settled(control)
+    assert peer.applied == ["4711"]
+
+
+async def test_a_redacted_run_is_begun_with_what_the_caller_gives(
+    control: ControlDatabase, peer: Peer
+) -> None:
+    app = workflow(peer)
+    given = packed_input(app, {"log": ["secret"]}, lambda _: {"log": ["***"]})
+    control.admit(
+        NewRun(
+            run_id="r1",
+            agent_id=AGENT,
+            thread_id=THREAD,
+            workflow="launch",
+            given=RunInput(value=given),
+        ),
+        GHOST,
+    )
+    async with RecoverySupervisor({"launch": app}):
+        incident = await settled(control, "dead_letter")
+    assert incident.result is not None
+    assert "redacted_input" in str(incident.result["reasons"])
+    result = await recover_and_resume_workflow_async(
+        workflow=app, agent_id=AGENT, thread_id=THREAD, initial_state={"log": ["secret"]}
+    )
+    assert result["final_state"]["log"] == ["secret", "plan", {"number": 1}]
+    assert peer.applied == ["4711"]

@@ -18,12 +18,13 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("agent_id", name="pk_peerctx_receivers"),
         comment="Agents that take effects by their keys alone: what has no receipt did not arrive.",
     )
-    for name in ("if_unknown", "source"):
+    for name in ("if_unknown", "source", "unknown_to"):
         op.add_column("peerctx_effects", sa.Column(name, sa.Text(), nullable=True))
-    op.add_column(
-        "peerctx_effects",
-        sa.Column("has_check", sa.Integer(), nullable=False, server_default=sa.text("0")),
-    )
+    for name in ("has_check", "retried"):
+        op.add_column(
+            "peerctx_effects",
+            sa.Column(name, sa.Integer(), nullable=False, server_default=sa.text("0")),
+        )
     op.add_column("peerctx_effects", sa.Column("unknown_at", sa.BigInteger(), nullable=True))
     op.add_column("peerctx_runs", sa.Column("doubted_since", sa.BigInteger(), nullable=True))
 
@@ -31,6 +32,6 @@ def upgrade() -> None:
 def downgrade() -> None:
     """Take it back."""
     op.drop_column("peerctx_runs", "doubted_since")
-    for name in ("unknown_at", "has_check", "source", "if_unknown"):
+    for name in ("unknown_at", "retried", "has_check", "unknown_to", "source", "if_unknown"):
         op.drop_column("peerctx_effects", name)
     op.drop_table("peerctx_receivers")

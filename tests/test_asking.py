@@ -1,0 +1,182 @@
+"""Each process that hosts a peer is asked about an effect, and no loop is blocked for ever."""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import FakeBroker, FakeTransport
+
+from langgraph_peerctx import asking
+from langgraph_peerctx.asking import EffectPeers, OnItsLoop, calls_of
+from langgraph_peerctx.config import PeerContextSettings
+from langgraph_peerctx.durability.run_effects import About
+from langgraph_peerctx.errors import BrokerUnavailableError, ConfigurationError
+from langgraph_peerctx.messaging.agent_context_service import ContextResponder
+from langgraph_peerctx.messaging.context_handler import ContextRequestHandler
+from langgraph_peerctx.persistence.event_store import EventStore
+from langgraph_peerctx.protocol.messages import InDoubtAnswer, InDoubtKey
+from langgraph_peerctx.protocol.tickets import EffectTicket
+from langgraph_peerctx.runtime import PeerContextRuntime
+
+SETTINGS = PeerContextSettings(
+    requester_id="tester",
+    mock_mode="auto",
+    heartbeat_interval_seconds=0.05,
+    heartbeat_pause_seconds=0.15,
+    timeout_seconds=5,
+)
+PEER = "inventory-agent"
+ABOUT = About(agent_id="product-agent", thread_id="t", run_id="r", epoch=2)
+
+
+class Slow(ContextRequestHandler):
+    """Answers when it is told to."""
+
+    may_go: threading.Event
+
+    def answer(self, request: Any) -> Any:
+        assert self.may_go.wait(10)
+        return super().answer(request)
+
+
+@asynccontextmanager
+async def hosted(
+    broker: FakeBroker, folder: Path, name: str
+) -> AsyncIterator[tuple[EventStore, threading.Event]]:
+    """One process that hosts the peer, with a store of its own."""
+    settings = SETTINGS.model_copy(update={"process_id": f"process-{name}"})
+    responder = ContextResponder(settings, transport=FakeTransport(broker))
+    with EventStore(f"sqlite:///{folder}/{name}.db") as store:
+        store.declare_receiver(PEER)
+        handler = Slow(PEER, store=store)
+        handler.may_go = threading.Event()
+        await responder.host(handler)
+        try:
+            yield store, handler.may_go
+        finally:
+            handler.may_go.set()
+            await responder.stop()
+
+
+@asynccontextmanager
+async def asker(broker: FakeBroker, hosts: int) -> AsyncIterator[PeerContextRuntime]:
+    async with PeerContextRuntime(SETTINGS, transport=FakeTransport(broker)) as runtime:
+        await until(lambda: sum(PEER in m.beat.agents for m in present(runtime)) == hosts)
+        yield runtime
+
+
+def present(runtime: PeerContextRuntime) -> Any:
+    return runtime.presence.roster.present()
+
+
+async def until(true: Callable[[], Any], seconds: float = 5) -> None:
+    async with asyncio.timeout(seconds):
+        while not true():
+            await asyncio.sleep(0.005)
+
+
+def key() -> InDoubtKey:
+    return InDoubtKey(effect_key="k", peer_id=PEER, epoch=1, intent_at=datetime.now(UTC))
+
+
+def receive(store: EventStore, reply: Any) -> None:
+    ticket = EffectTicket(
+        effect_key="k", name="k", sender_id="product-agent", thread_id="t", run_id="r", epoch=1
+    )
+    store.begin_receipt(PEER, ticket)
+    store.finish_receipt(PEER, ticket, reply)
+
+
+@pytest.mark.parametrize("other_saw_it", [True, False])
+async def test_every_process_that_hosts_the_peer_is_heard(
+    tmp_path: Path, *, other_saw_it: bool
+) -> None:
+    broker = FakeBroker()
+    async with AsyncExitStack() as stack:
+        quick, quick_goes = await stack.enter_async_context(hosted(broker, tmp_path, "quick"))
+        slow, slow_goes = await stack.enter_async_context(hosted(broker, tmp_path, "slow"))
+        runtime = await stack.enter_async_context(asker(broker, 2))
+        receive(slow, {"number": 7})
+        if other_saw_it:
+            receive(quick, {"number": 7})
+        doing = asyncio.create_task(EffectPeers(calls_of(runtime)).aask(ABOUT, key()))
+        quick_goes.set()
+        done, _ = await asyncio.wait({doing}, timeout=0.3)
+        assert not done, "the other one hosts it, too"
+        slow_goes.set()
+        started = time.monotonic()
+        told = await doing
+        assert time.monotonic() - started < 2, "nobody else is waited for"
+    assert told is not None
+    assert (told.verdict, told.reply) == (
+        ("seen", {"number": 7}) if other_saw_it else ("cannot_tell", None)
+    )
+
+
+async def test_a_peer_that_is_not_on_the_roster_is_expected_by_its_name() -> None:
+    expected: list[Any] = []
+
+    class Asked:
+        settings = SETTINGS
+        presence: Any = None
+
+        async def gather(self, *, expect: Any, **_: Any) -> Any:
+            expected.append(expect)
+            raise BrokerUnavailableError("nobody there")
+
+    async with PeerContextRuntime(SETTINGS, transport=FakeTransport(FakeBroker())) as runtime:
+        asked: Any = Asked()
+        asked.presence = runtime.presence
+        assert await EffectPeers(calls_of(asked)).aask(ABOUT, key()) is None
+    assert expected == [[PEER]]
+
+
+async def test_who_would_block_the_loop_that_asks_is_told_so() -> None:
+    runtime: Any = None
+    peers = EffectPeers(OnItsLoop(runtime, asyncio.get_running_loop()))
+    with pytest.raises(ConfigurationError, match="pass an async function"):
+        peers.ask(ABOUT, key())
+
+
+async def test_in_another_thread_it_is_asked_on_its_loop() -> None:
+    says = InDoubtAnswer(effect_key="k", agent_id=PEER, verdict="not_seen")
+
+    class Told:
+        settings = SETTINGS
+
+    async def work(_: Any) -> Any:
+        return says
+
+    runtime: Any = Told()
+    calls = OnItsLoop(runtime, asyncio.get_running_loop())
+    assert await asyncio.to_thread(calls.call, work) == says
+    assert await asyncio.to_thread(lambda: asyncio.run(calls.acall(work))) == says
+
+
+async def test_a_loop_that_is_blocked_is_waited_for_no_longer_than_it_may_take(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(asking, "_SPARE_SECONDS", 0.05)
+
+    class Never:
+        settings = SETTINGS.model_copy(update={"timeout_seconds": 0.05})
+
+        @property
+        def presence(self) -> Any:
+            raise AssertionError("its loop does not turn")
+
+    runtime: Any = Never()
+    loop = asyncio.new_event_loop()
+    peers = EffectPeers(OnItsLoop(runtime, loop))
+    async with asyncio.timeout(5):
+        assert await asyncio.to_thread(peers.ask, ABOUT, key()) is None
+        assert await peers.aask(ABOUT, key()) is None
+    assert "the loop of the runtime is blocked" in caplog.text
+    await asyncio.to_thread(loop.run_until_complete, asyncio.sleep(0))
+    loop.close()
