@@ -126,6 +126,31 @@ def unheard(coverage: Mapping[str, Any] | None, expect: Sequence[str]) -> list[s
     return sorted(missing)
 
 
+def what_is_missing(
+    known: Remembered, coverage: Mapping[str, Any] | None, expect: Sequence[str]
+) -> str | None:
+    """Say what must be known before a run is begun anew; None if nothing is missing; pure.
+
+    Args:
+        known: What peers remember.
+        coverage: Of the gather; None if nobody was to be asked.
+        expect: Who was to answer, if the caller said so.
+    """
+    if known.run_ids and not known.is_sure:
+        return (
+            "No record of the run is left, and it may be one of those that peers remember: "
+            f"{', '.join(known.run_ids)}. Name it with run_id=, or begin another one with "
+            "despite_silence=True"
+        )
+    silent = unheard(coverage, expect)
+    if not silent:
+        return None
+    return (
+        f"No record of the run is left, and {', '.join(silent)} may remember what it has done, and "
+        "did not say: try again when it does, or begin it anew with despite_silence=True"
+    )
+
+
 @dataclass(slots=True, kw_only=True)
 class Begun:
     """A run that was begun anew.
@@ -182,6 +207,7 @@ class LostStores:
         runtime = await self.owning()
         ownership = await runtime.own()
         thread_id = place["configurable"]["thread_id"]
+        since = None if known.run_id is None else known.since
         run = NewRun(
             run_id=known.run_id or new_id(),
             agent_id=agent_id,
@@ -191,15 +217,13 @@ class LostStores:
             config=packed_config(workflow, place),
             context=packed_context(workflow, context),
             durability=durability,
-            doubted_since=known.since,
+            doubted_since=since,
             above_epoch=max(known.epoch, await _epoch_above(workflow, place)),
         )
         held = await ownership.aadmit(run)
         calls = calls_of(runtime) if self.asks_peers else None
         thread = OwnedThread(ownership=ownership, held=held, calls=calls)
-        effects = thread.effects_of(
-            run.run_id, input_digest=input_digest, doubted_since=known.since
-        )
+        effects = thread.effects_of(run.run_id, input_digest=input_digest, doubted_since=since)
         metadata = {**(place.get("metadata") or {}), "run_id": run.run_id}
         behind = fenced(workflow, AgentFence(agent_id, ownership))
         begun = Begun(workflow=behind, place=effects.go_along({**place, "metadata": metadata}))

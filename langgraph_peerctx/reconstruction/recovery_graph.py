@@ -67,7 +67,7 @@ from langgraph_peerctx.reconstruction.lost_stores import (
     Remembered,
     remembered,
     said_of,
-    unheard,
+    what_is_missing,
 )
 from langgraph_peerctx.reconstruction.report import Noticed
 from langgraph_peerctx.reconstruction.resume import (
@@ -490,26 +490,14 @@ class RecoverySteps:
             await thread.settle(effect, settled, "human")
 
     def _missing_witnesses(self, state: RecoveryState) -> str | None:
-        """Say who should be heard before a run is begun anew of which no record is left."""
+        """Say what must be known before a run is begun anew of which no record is left."""
         plan, evidence = self.plan, state["evidence"]
         if plan.lost is None or state["action"] != "restart" or plan.despite_silence:
             return None
         known = self._remembered(state)
         if not plan.lost.concerns(known):
             return None
-        if known.run_ids and not known.is_sure:
-            return (
-                f"No record of the run is left, and it may be one of those that peers remember: "
-                f"{', '.join(known.run_ids)}. Name it with run_id=, or begin another one with "
-                "despite_silence=True"
-            )
-        silent = unheard(evidence["coverage"], plan.limits.under(state).expect)
-        if not silent:
-            return None
-        return (
-            f"No record of the run is left, and {', '.join(silent)} may remember what it has done, "
-            "and did not say: try again when it does, or begin it anew with despite_silence=True"
-        )
+        return what_is_missing(known, evidence["coverage"], plan.limits.under(state).expect)
 
     def _remembered(self, state: RecoveryState) -> Remembered:
         facts, run_id = state["evidence"]["peer_context"], self.plan.run_id
