@@ -36,6 +36,7 @@ from langgraph_peerctx.durability.fenced_checkpointer import FencedCheckpointer
 from langgraph_peerctx.durability.ownership import AgentFence, Held, Ownership
 from langgraph_peerctx.durability.recorder import InteractionRecorder
 from langgraph_peerctx.durability.recording import recorded, recorder_of
+from langgraph_peerctx.durability.run_config import but_its_own
 from langgraph_peerctx.durability.run_effects import About, RunEffects, effects_in
 from langgraph_peerctx.durability.workflow import (
     Workflow,
@@ -496,7 +497,8 @@ class _Order:
             peers=EffectPeers(runtime),
         )
         place = effects.go_along(of_admitted_run(self.config, run.run_id))
-        return recorded(place, self._terms.recorder or recorder_of(run.agent_id))
+        recorder = self._terms.recorder or recorder_of(run.agent_id)
+        return but_its_own(recorded(place, recorder), self._plain.config)
 
     def how_it_ended(
         self, error: BaseException, ownership: Ownership

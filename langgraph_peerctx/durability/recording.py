@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 
 from langchain_core.runnables import RunnableConfig
-from langchain_core.runnables.config import merge_configs
 
 from langgraph_peerctx.durability.recorder import InteractionRecorder
+from langgraph_peerctx.durability.run_config import with_callback
 
 _recorders: list[InteractionRecorder] = []
 
@@ -23,13 +23,7 @@ def stop_recording_with(recorders: Iterable[InteractionRecorder]) -> None:
 
 def recorded(config: RunnableConfig, recorder: InteractionRecorder | None) -> RunnableConfig:
     """Return a config with which a run is recorded; once, if it is already."""
-    if recorder is None:
-        return config
-    callbacks = config.get("callbacks") or []
-    present = callbacks if isinstance(callbacks, list) else callbacks.handlers
-    if recorder in present:
-        return config
-    return merge_configs(config, {"callbacks": [recorder]})
+    return config if recorder is None else with_callback(config, recorder)
 
 
 def recorder_of(agent_id: str) -> InteractionRecorder | None:

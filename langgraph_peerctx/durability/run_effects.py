@@ -12,10 +12,10 @@ from uuid import UUID
 
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.runnables import RunnableConfig
-from langchain_core.runnables.config import merge_configs
 from pydantic import JsonValue
 
 from langgraph_peerctx.durability.positions import Positions
+from langgraph_peerctx.durability.run_config import with_callback
 from langgraph_peerctx.errors import ConfigurationError
 from langgraph_peerctx.persistence.effect_ledger import (
     Effect,
@@ -114,8 +114,8 @@ class RunEffects(BaseCallbackHandler):
 
     def go_along(self, config: RunnableConfig) -> RunnableConfig:
         """Return a config with which a run has these effects."""
-        ours: RunnableConfig = {"callbacks": [self], "configurable": {EFFECTS: self}}
-        return merge_configs(config, ours)
+        configurable = {**(config.get("configurable") or {}), EFFECTS: self}
+        return with_callback({**config, "configurable": configurable}, self)
 
     def on_chain_start(
         self,

@@ -23,6 +23,7 @@ from typing_extensions import TypedDict  # pydantic makes schemas of this one on
 from langgraph_peerctx import background
 from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.durability.admission import digest_of, of_admitted_run
+from langgraph_peerctx.durability.run_config import but_its_own
 from langgraph_peerctx.durability.workflow import (
     Workflow,
     check_initial_state,
@@ -639,7 +640,8 @@ class RecoverySteps:
         durability: Durability | None,
     ) -> Outcome:
         """Run the workflow with its effects: those of a run that is ours, or is begun anew."""
-        plan, place = self.plan, self._place_of_run(state, before, decision)
+        plan = self.plan
+        place = but_its_own(self._place_of_run(state, before, decision), plan.workflow.config)
         known = self._known(state, before, decision)
         options: Any = {"context": plan.context, "durability": durability}
         is_named = decision.action == "restart" or before.run_id is not None
