@@ -35,6 +35,7 @@ STEPS = [
     "request_context",
     "collect_context",
     "reconstruct",
+    "settle",
     "approve",
     "resume_workflow",
 ]
