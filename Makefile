@@ -69,6 +69,8 @@ bench: $(VENV)/dev
 	$(BIN)/python tests/benchmarks/revival.py --database sqlite
 	$(BIN)/python tests/benchmarks/revival.py --database postgresql
 	$(BIN)/python tests/benchmarks/dead_peer.py
+	$(BIN)/python tests/benchmarks/recording.py
+	$(BIN)/python tests/benchmarks/effects.py
 
 clean:
 	rm -rf $(VENV) .cache bench-results build .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis .langgraph_api .studio
