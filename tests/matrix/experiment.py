@@ -136,7 +136,7 @@ class Experiment:
                 port=peer.port,
             )
             scenario = self._kept(system)
-            if cell.store == "lost":
+            if cell.store == "lost" or system == "langgraph":  # nobody watches over it there
                 scenario = replace(scenario, folder=str(self._stores_for(f"{case}-first")))
             others = () if cell.peer == "alive" or peer.process is None else (peer.process.pid,)
             deadly = Deadly(case=case, place=cell.place.name, others=others)
