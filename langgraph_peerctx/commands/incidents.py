@@ -24,6 +24,7 @@ from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.errors import ConfigurationError
 from langgraph_peerctx.persistence.incidents import ControlDatabase, Incident, IncidentStatus
 from langgraph_peerctx.persistence.inspection import UNKNOWN_WORKFLOW
+from langgraph_peerctx.reconstruction.answering import answer_recovery
 
 SHORT_ID = 8
 _SHOWN = 20_000
@@ -80,10 +81,10 @@ def answer_incident(incident_id: str, answer: object, *, as_json: bool) -> None:
     """Answer an incident's question.
 
     Raises:
-        ConfigurationError: If there is no such incident, or it asks nothing.
+        ConfigurationError: If there is no such incident, it asks nothing, or the answer is none to
+            what it asks.
     """
-    with control_database(PeerContextSettings()) as control:
-        incident = control.answer(incident_id, answer)
+    incident = answer_recovery(incident_id, answer, settings=PeerContextSettings())
     _tell(incident, "is answered: the next supervisor goes on with it", as_json=as_json)
 
 

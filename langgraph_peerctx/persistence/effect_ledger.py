@@ -217,6 +217,28 @@ class EffectLedger(Runs):
             values = {"unknown_at": self._now, "unknown_to": unknown_to}
         return self._settle(effect, values)
 
+    def amend(self, effect: Effect, verdict: Verdict, reply: JsonValue = None) -> None:
+        """Put right what a human has said of an effect; of what others said nothing."""
+        is_done = verdict == "seen"
+
+        def work(connection: Connection) -> None:
+            connection.execute(
+                update(effects)
+                .where(
+                    effects.c.agent_id == effect.agent_id,
+                    effects.c.effect_id == effect.effect_id,
+                    effects.c.attempt == effect.attempt,
+                    effects.c.source == "human",
+                )
+                .values(
+                    status="done" if is_done else "not_done",
+                    outcome=_json(reply) if is_done else None,
+                    done_at=self._now,
+                )
+            )
+
+        self._work(work, transaction=True)
+
     def effect(self, new: NewEffect) -> Effect | None:
         """Return an effect as it is known; None if it was never meant."""
         return self._work(partial(self._effect, new=new))

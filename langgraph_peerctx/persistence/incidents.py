@@ -302,6 +302,9 @@ class ControlDatabase(EffectLedger):
     ) -> list[Incident]:
         """Return incidents, newest first."""
         asked = () if status is None else (incidents.c.status == status,)
+        if status == "waiting_for_human":  # while its peer is asked again, it still waits
+            asks = (incidents.c.status == "recovering") & incidents.c.question.is_not(None)
+            asked = (or_(*asked, asks & incidents.c.answer.is_(None)),)
         return self._incidents(*asked, limit=limit)
 
     async def aincident_of(self, agent_id: str, thread_id: str) -> Incident | None:

@@ -6,6 +6,7 @@ from langgraph_peerctx import background
 from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.persistence.database import open_in_thread
 from langgraph_peerctx.persistence.incidents import ControlDatabase, Incident
+from langgraph_peerctx.reconstruction.settling import see_that_it_is_understood
 
 
 def answer_recovery(
@@ -22,7 +23,8 @@ def answer_recovery(
         The incident, which is open again.
 
     Raises:
-        ConfigurationError: If there is no such incident, or it asks nothing.
+        ConfigurationError: If there is no such incident, it asks nothing, or the answer is none to
+            what it asks.
         ProtocolError: If the answer is no plain JSON.
         StoreError: If the control database failed.
     """
@@ -30,6 +32,8 @@ def answer_recovery(
     with ControlDatabase(
         settings.control_url, timeout_seconds=settings.database_timeout_seconds
     ) as control:
+        found = control.incident(incident_id)
+        see_that_it_is_understood(None if found is None else found.question, answer)
         return control.answer(incident_id, answer)
 
 

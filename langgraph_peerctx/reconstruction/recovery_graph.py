@@ -456,7 +456,12 @@ class RecoverySteps:
         if missing := self._missing_witnesses(state):
             return {"result": await self._stopped_in_doubt(state, [missing])}
         thread, run_id = self.plan.thread, state.get("run_id")
-        if thread is None or run_id is None or not state["doubts"]:
+        if thread is None or run_id is None:
+            return {}
+        by_human = [e for e in await self._effects(run_id) if e.source == "human"]
+        for effect, said in answers_in(self.plan.answers, by_human, may_be_bare=False):
+            await thread.amend(effect, said)
+        if not state["doubts"]:
             return {}
         may_be_bare = len(state["doubts"]) == 1
         await self._answered(self.plan.answers, state, may_be_bare=may_be_bare)

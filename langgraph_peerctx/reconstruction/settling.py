@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
+from typing import Any
 from urllib.parse import unquote
 
 from pydantic import JsonValue
@@ -15,7 +16,7 @@ from langgraph_peerctx.asking import Calls, EffectPeers
 from langgraph_peerctx.durability.effects import Settled
 from langgraph_peerctx.durability.ownership import Held, Ownership
 from langgraph_peerctx.durability.run_effects import About, RunEffects
-from langgraph_peerctx.errors import ProtocolError
+from langgraph_peerctx.errors import ConfigurationError, ProtocolError
 from langgraph_peerctx.gathering.peer_context import PeerContext
 from langgraph_peerctx.persistence.effect_ledger import Effect, EffectSource, unsettled
 from langgraph_peerctx.protocol.json_values import plain
@@ -94,6 +95,15 @@ class OwnedThread:
             extra={"thread_id": effect.thread_id, "effect_key": effect.key},
         )
         return settled
+
+    async def amend(self, effect: Effect, said: Settled) -> None:
+        """Put right what a human has said before of an effect.
+
+        Raises:
+            StoreError: If the control database failed.
+        """
+        control = self.ownership.control
+        await control.in_thread(partial(control.amend, effect, said.verdict, said.reply))
 
     async def ask_again(self, doubtful: Iterable[Effect], run_id: str) -> None:
         """Ask the peers of effects in doubt once more, and write down what they say.
@@ -212,8 +222,9 @@ def what_to_settle(
         "question": " ".join(lines),
         "question_id": question_id("settle", *((e.key, e.attempt) for e in effects)),
         "how_to_answer": (
-            "true if it happened, false if it did not and will not any more; of several, an object "
-            "from key to that; with its outcome: {KEY: {'happened': true, 'reply': ...}}"
+            'true if it happened, and its outcome is null; {"happened": true, "reply": ...} with '
+            "its outcome; false if it did not happen, and will not any more. Of several, an object "
+            "from name or key to that"
         ),
         "effects": [effect_json(effect) for effect in effects],
         "consumed": list(consumed),
@@ -239,6 +250,36 @@ def answers_in(
         if settled is not None:
             found.append((effect, settled))
     return found
+
+
+def see_that_it_is_understood(question: Mapping[str, Any] | None, answer: object) -> None:
+    """Refuse an answer that no recovery could use.
+
+    Args:
+        question: As an incident keeps it.
+        answer: What a human says.
+
+    Raises:
+        ConfigurationError: If it is no answer to the question; it says what would be.
+    """
+    if question is None:
+        return
+    effects = question.get("effects")
+    if effects is None:
+        if is_approved(answer) is None:
+            raise ConfigurationError(f"{answer!r:.80} is no answer: {question.get('question')}")
+        return
+    said = answer if isinstance(answer, Mapping) and "happened" not in answer else None
+    known = {effect[name] for effect in effects for name in ("key", "name")}
+    if said is None:
+        wrong = _settled(answer) is None or len(effects) > 1
+    else:
+        wrong = not said or any(k not in known or _settled(v) is None for k, v in said.items())
+    if wrong:
+        names = ", ".join(repr(effect["name"]) for effect in effects)
+        raise ConfigurationError(
+            f"{answer!r:.80} is no answer about {names}: {question.get('how_to_answer')}"
+        )
 
 
 def effect_json(effect: Effect) -> Json:

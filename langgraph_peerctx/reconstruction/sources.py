@@ -154,7 +154,8 @@ def existing_store(url: str) -> OwnEvents:
     """Open the store that is there: an empty one that we made would look as if it knew."""
     if not has_schema(url):
         raise StoreError(
-            "there is no event store at the address: name the one that the agent recorded in, "
+            "there is no event store at the address: either the agent has recorded nothing of its "
+            "own (see InteractionRecorder), or another one was meant: name it "
             "with PEER_CONTEXT_DATABASE_URL"
         )
     return get_event_store(url)

@@ -21,7 +21,10 @@ _SAID: dict[IncidentStatus, tuple[RecoveryStatus, Callable[[Incident], str]]] = 
     ),
     "open": (
         "recovering_elsewhere",
-        lambda found: f"its next attempt is not before {found.next_attempt_at}",
+        lambda found: (
+            f"nobody is at it, and its next attempt is not before {found.next_attempt_at}; "
+            f"`peerctx incidents redrive {found.incident_id[:8]}` does not wait"
+        ),
     ),
     "waiting_for_human": (
         "waiting_for_human",

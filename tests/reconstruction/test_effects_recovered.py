@@ -22,7 +22,7 @@ from langgraph_peerctx.durability.admission import (
     packed_input,
 )
 from langgraph_peerctx.durability.run_effects import About, RunEffects
-from langgraph_peerctx.errors import InDoubtError, StaleOwnerError
+from langgraph_peerctx.errors import ConfigurationError, InDoubtError, StaleOwnerError
 from langgraph_peerctx.lifecycle import peer_context_lifespan
 from langgraph_peerctx.messaging.context_handler import ContextRequestHandler
 from langgraph_peerctx.nodes.state import PeerContextState
@@ -302,25 +302,51 @@ async def test_what_a_human_says_did_not_happen_is_done(
     assert await log_of(app) == ["in", "plan", {"number": 1}]
 
 
-async def test_an_answer_that_is_not_understood_is_asked_for_again(
-    control: ControlDatabase, peer: Peer
+@pytest.mark.parametrize(
+    "answer",
+    [None, "perhaps", 1, {}, {"nope": True}, {"order 4711": "done"}, {"order 4711": {"reply": 1}}],
+)
+async def test_an_answer_that_is_not_understood_is_refused(
+    control: ControlDatabase, peer: Peer, answer: Any
 ) -> None:
     app = workflow(peer)
     peer.dies = ["before"]
     await lose(control, app)
     async with RecoverySupervisor({"launch": app}):
         incident = await settled(control, "waiting_for_human")
-        await aanswer_recovery(incident.incident_id, "perhaps")
-        deadline = time.monotonic() + 20
-        while True:
-            incident = await settled(control, "waiting_for_human")
-            if incident.question and "not_understood" in incident.question:
-                break
-            assert time.monotonic() < deadline
-            await asyncio.sleep(0.02)
-        assert incident.question["not_understood"] == "'perhaps'"
+        with pytest.raises(ConfigurationError, match="is no answer about 'order 4711': true if"):
+            await aanswer_recovery(incident.incident_id, answer)
         await aanswer_recovery(incident.incident_id, False)  # noqa: FBT003 - the answer
         await settled(control)
+    assert peer.applied == ["4711"]
+
+
+async def test_what_a_human_said_can_be_put_right(control: ControlDatabase, peer: Peer) -> None:
+    """It happened: but with an outcome that the node needs."""
+
+    async def order(_: State) -> Any:
+        reply = await effect("order 4711", peer.order, "4711", peer=PEER)
+        return {"log": [reply["number"]]}
+
+    builder = StateGraph(State)
+    builder.add_node("order", order)
+    builder.add_edge(START, "order")
+    app = builder.compile(checkpointer=InMemorySaver(), name="launch")
+    peer.dies = ["after"]
+    await lose(control, app)
+
+    async def recover(**more: Any) -> Any:
+        return await recover_and_resume_workflow_async(
+            workflow=app, agent_id=AGENT, thread_id=THREAD, peer_context_timeout=0.5, **more
+        )
+
+    assert (await recover())["status"] == "waiting_for_human"
+    assert (await recover(answers={"order 4711": True}))["status"] == "failed"
+    incident = control.incident_of(AGENT, THREAD)
+    assert incident is not None
+    control.redrive(incident.incident_id)
+    result = await recover(answers={"order 4711": {"happened": True, "reply": {"number": 7}}})
+    assert result["final_state"]["log"] == ["in", 7]
     assert peer.applied == ["4711"]
 
 
