@@ -286,9 +286,9 @@ Each peer writes down every order that it *applies*, under what the order is and
 so a repeated order is seen although it came under another key. **A gone peer** is judged by what
 the agent left: an effect with an intent and no outcome is in doubt, and must be put to a human, by
 name and alone; everything else waits for a peer that is not there, its run fails with
-`ConnectionRefusedError`, and nothing may be lost or repeated. Where the stores are lost as well,
-there is no intent that could be named: such a run waits, too. Where no peer is named, every effect
-in doubt is unknowable.
+`ConnectionRefusedError`, and nothing may be lost or repeated. Where the stores are lost as well, no
+intent is left that could be named: the whole run is in doubt, and is not begun before its peer is
+heard. Where no peer is named, every effect in doubt is unknowable.
 
 A real Apache Kafka on loopback, SQLite stores, a sentinel, heartbeats each 0.25 s; {cores} cores,
 {at_once} kills at once, {minutes} minutes. To run it again, with the same kills:
