@@ -1,6 +1,7 @@
 """Reconstruct a failed agent's thread; `recover_and_resume_workflow_async` resumes it as well."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from langchain_core.language_models import BaseChatModel
 from langchain_core.runnables import RunnableConfig
@@ -19,6 +20,7 @@ from langgraph_peerctx.reconstruction.evidence import (
 from langgraph_peerctx.reconstruction.gap_filling import Inference
 from langgraph_peerctx.reconstruction.recovery import recover_and_resume_workflow_async
 from langgraph_peerctx.reconstruction.result import RecoveryResult
+from langgraph_peerctx.reconstruction.settling import keys_of, known_effects
 from langgraph_peerctx.reconstruction.sources import (
     ContextRuntime,
     EvidenceQuery,
@@ -77,6 +79,9 @@ class AgentReconstructor:
     ) -> Reconstruction:
         """Read the checkpoint, ask the peers, and put the evidence together.
 
+        Effects of the thread's newest run are shown as the control database knows them, and its
+        peers are asked about those in doubt; nothing is settled by it.
+
         Args:
             agent_id: The failed agent.
             thread_id: The thread it worked on.
@@ -103,9 +108,10 @@ class AgentReconstructor:
             time_window_seconds=time_window_seconds,
             expect=tuple(expect),
             min_responses=min_responses,
-            in_doubt=tuple(in_doubt),
         )
         checkpoint = await self._load(place)
+        ledger = await known_effects(self._settings, query.agent_id, thread_id)
+        query = replace(query, in_doubt=(*in_doubt, *keys_of(ledger.effects)))
         query = query.reaching(
             checkpoint.created_at if checkpoint else None, self._settings.time_window_seconds
         )
@@ -116,7 +122,10 @@ class AgentReconstructor:
         ) as sources:
             peers = await collect_context(sources, query, on_answer=on_answer)
             own = await collect_own_events(sources, query)
-        found = reconstruct(query, checkpoint, own, peers)
+        own = replace(own, shortfalls=(*own.shortfalls, *ledger.shortfalls))
+        found = reconstruct(
+            query, checkpoint, own, peers, ledger.effects, doubts=ledger.doubts(checkpoint, peers)
+        )
         if self._workflow is None or self._inference.llm is None:
             return found
         inferred = await self._inference.fill(

@@ -13,15 +13,20 @@ from urllib.parse import unquote
 from pydantic import JsonValue
 
 from langgraph_peerctx.asking import Calls, EffectPeers
+from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.durability.effects import Settled
 from langgraph_peerctx.durability.ownership import Held, Ownership
 from langgraph_peerctx.durability.run_effects import About, RunEffects
-from langgraph_peerctx.errors import ConfigurationError, ProtocolError
+from langgraph_peerctx.errors import ConfigurationError, ProtocolError, StoreError
 from langgraph_peerctx.gathering.peer_context import PeerContext
+from langgraph_peerctx.persistence.database import open_in_thread
 from langgraph_peerctx.persistence.effect_ledger import Effect, EffectSource, unsettled
+from langgraph_peerctx.persistence.incidents import ControlDatabase
+from langgraph_peerctx.persistence.inspection import has_schema
 from langgraph_peerctx.protocol.json_values import plain
 from langgraph_peerctx.protocol.messages import InDoubtAnswer, InDoubtKey, Json
 from langgraph_peerctx.reconstruction.approval import is_approved
+from langgraph_peerctx.reconstruction.checkpoint import CheckpointView
 
 _logger = logging.getLogger(__name__)
 
@@ -136,6 +141,51 @@ class OwnedThread:
             run_id=run_id,
             epoch=self.held.epoch,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnownEffects:
+    """The effects of a thread's newest run, for looking at.
+
+    Attributes:
+        shortfalls: Why they are not known.
+    """
+
+    run_id: str = ""
+    effects: tuple[Effect, ...] = ()
+    shortfalls: tuple[str, ...] = ()
+
+    def doubts(self, view: CheckpointView | None, peers: PeerContext | None) -> list[Effect]:
+        """Return those in doubt that a peer has not told of either."""
+        told = {e.key for e, word in words_on(self.effects, peers) if word.verdict != "cannot_tell"}
+        after = view.step if view is not None and view.run_id == self.run_id else None
+        found = doubtful(self.effects, run_id=self.run_id, after=after)
+        return [effect for effect in found if effect.key not in told]
+
+
+async def known_effects(
+    settings: PeerContextSettings, agent_id: str, thread_id: str
+) -> KnownEffects:
+    """Read what the control database knows of a thread's newest run; none is made by looking.
+
+    A broken one costs only that.
+    """
+
+    def look() -> KnownEffects:
+        seconds = settings.database_timeout_seconds
+        if not has_schema(settings.control_url, timeout_seconds=seconds):
+            return KnownEffects()
+        with ControlDatabase(settings.control_url, timeout_seconds=seconds) as control:
+            run = control.newest_run(agent_id, thread_id)
+            if run is None:
+                return KnownEffects()
+            effects = control.effects_of(agent_id, thread_id, run.run_id)
+            return KnownEffects(run_id=run.run_id, effects=tuple(effects))
+
+    try:
+        return await open_in_thread(look)
+    except StoreError as error:
+        return KnownEffects(shortfalls=(f"no_ledger: {error}",))
 
 
 def keys_of(effects: Iterable[Effect]) -> list[InDoubtKey]:

@@ -13,7 +13,15 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import END, START, StateGraph
 from runtime_threads import no_runtime_left
 
-from langgraph_peerctx import Receiver, Settled, background, current_effect, effect
+from langgraph_peerctx import (
+    AgentReconstructor,
+    Receiver,
+    Settled,
+    background,
+    current_effect,
+    effect,
+    explain_reconstruction,
+)
 from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.durability.admission import (
     digest_of,
@@ -885,3 +893,33 @@ async def test_a_redacted_run_is_begun_with_what_the_caller_gives(
     )
     assert result["final_state"]["log"] == ["secret", "plan", {"number": 1}]
     assert peer.applied == ["4711"]
+
+
+async def test_whoever_only_looks_sees_the_doubt_and_settles_nothing(
+    control: ControlDatabase, peer: Peer
+) -> None:
+    app = workflow(peer)
+    peer.dies = ["before"]
+    await lose(control, app)
+    looking = AgentReconstructor(workflow=app, peer_context_timeout=0.5)
+    found = await looking.reconstruct_async(AGENT, THREAD)
+    assert [(e["name"], e["status"]) for e in found["effects"]] == [("order 4711", "in_doubt")]
+    assert any(reason.startswith("in_doubt: nobody could tell") for reason in found["reasons"])
+    assert "order 4711" in str(explain_reconstruction(found))
+    async with peer.answering():
+        found = await looking.reconstruct_async(AGENT, THREAD, expect=[PEER])
+    (told,) = found["in_doubt"]
+    assert told["verdict"] == "cannot_tell", "to deny it would bar it"
+    assert [e.status for e in control.effects_of(AGENT, THREAD, "r1")] == ["intent"]
+
+
+async def test_a_broken_control_database_costs_only_what_it_knows(
+    peer: Peer, settings: PeerContextSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del settings
+    (tmp_path / "broken.db").write_text("no database at all, but long enough to be looked into")
+    monkeypatch.setenv("PEER_CONTEXT_CONTROL_DATABASE_URL", f"sqlite:///{tmp_path}/broken.db")
+    looking = AgentReconstructor(workflow=workflow(peer), enable_peer_context=False)
+    found = await looking.reconstruct_async(AGENT, THREAD)
+    assert found["effects"] == []
+    assert any(reason.startswith("no_ledger: ") for reason in found["reasons"])
