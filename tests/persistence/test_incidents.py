@@ -281,3 +281,52 @@ def test_of_twenty_recoverers_at_once_one_begins(url: str, control: ControlDatab
         each.close()
     (incident,) = control.all_incidents()
     assert incident.attempts == 1
+
+
+def waiting_again(control: ControlDatabase) -> Recovery:
+    """A recovery that waits for a human, and looks once more whether its peer is back."""
+    asks = Settlement(
+        status="waiting_for_human",
+        end_kind="handed_over",
+        question={"question": "first?", "question_id": "q1"},
+        retry_seconds=0.0,
+    )
+    control.settle(begun(control, lost(control)), asks)
+    (found,) = control.lost_runs()
+    return begun(control, found, "s", died=False)
+
+
+def asking(question_id: str) -> Settlement:
+    return Settlement(
+        status="waiting_for_human",
+        end_kind="handed_over",
+        question={"question": "again?", "question_id": question_id},
+        retry_seconds=60.0,
+    )
+
+
+def test_who_waits_for_a_human_is_looked_at_again_by_itself(control: ControlDatabase) -> None:
+    again = waiting_again(control)
+    assert again.incident.question is not None
+    assert [i.status for i in control.all_incidents(status="waiting_for_human")] == ["recovering"]
+    control.settle(again, asking("q1"))
+    assert control.lost_runs() == [], "not before its time"
+
+
+def test_an_answer_that_comes_meanwhile_is_kept_for_its_question(control: ControlDatabase) -> None:
+    again = waiting_again(control)
+    control.answer(again.incident.incident_id, True)  # noqa: FBT003 - the answer
+    control.settle(again, asking("q1"))
+    found = control.incident(again.incident.incident_id)
+    assert found is not None
+    assert (found.status, found.answer) == ("open", {"value": True, "question_id": "q1"})
+
+
+def test_an_answer_to_a_question_that_is_over_is_dropped(control: ControlDatabase) -> None:
+    again = waiting_again(control)
+    control.answer(again.incident.incident_id, True)  # noqa: FBT003 - the answer
+    control.settle(again, asking("q2"))
+    found = control.incident(again.incident.incident_id)
+    assert found is not None
+    assert (found.status, found.answer) == ("waiting_for_human", None)
+    assert found.question == {"question": "again?", "question_id": "q2"}

@@ -698,7 +698,7 @@ async def test_an_answer_is_to_the_question_that_was_asked_and_to_no_other(
     async with RecoverySupervisor({"launch": app}):
         incident = await settled(control, "waiting_for_human")
         assert "'first'" in str(incident.question)
-        await aanswer_recovery(incident.incident_id, {"first": answer})
+        await aanswer_recovery(incident.incident_id, answer)
         deadline = time.monotonic() + 30
         while "'second'" not in str(
             (incident := await settled(control, "waiting_for_human")).question
@@ -854,7 +854,7 @@ async def test_a_doubt_of_another_run_does_not_stop_this_one(
         agent_id=AGENT,
         thread_id=THREAD,
         run_id="r0",
-        position="gone@1",
+        position="gone@9",
         name="yesterday",
         peer_id=PEER,
         scope="thread",
