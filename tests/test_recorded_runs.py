@@ -144,3 +144,23 @@ async def test_a_recovered_run_is_recorded(
     assert result["status"] == "restarted"
     assert kinds(store) == ["run_begin", "node", "run_end"]
     assert {i.run_id for i in store.interactions_of(AGENT, thread_id=THREAD)} == {"r1"}
+
+
+async def test_a_run_of_which_no_record_is_left_is_recorded_too(
+    store: EventStore,
+    recorder: InteractionRecorder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PEER_CONTEXT_CONTROL_DATABASE_URL", f"sqlite:///{tmp_path}/new.db")
+    app = workflow().with_config(callbacks=[recorder])
+    async with peer_context_lifespan(recorders=[recorder]):
+        result = await recover_and_resume_workflow_async(
+            workflow=app,
+            agent_id=AGENT,
+            thread_id=THREAD,
+            initial_state={"topic": "umbrella"},
+            use_peer_context=False,
+        )
+    assert result["status"] == "restarted"
+    assert kinds(store) == ["run_begin", "node", "run_end"]

@@ -357,13 +357,13 @@ async def load_checkpoint(
     if saver is None:
         return CheckpointView(status="no_checkpointer", **traits)
     reader = _Reader(workflow=workflow, saver=saver, config=config)
-    async with _reading(saver, timeout_seconds):
+    async with reading(saver, timeout_seconds):
         view = await in_empty_context(reader.view(), name=f"load checkpoint of {thread_id}")
     return view or CheckpointView(status="no_checkpoint", **traits)
 
 
 @asynccontextmanager
-async def _reading(saver: BaseCheckpointSaver[Any], timeout_seconds: float) -> AsyncIterator[None]:
+async def reading(saver: BaseCheckpointSaver[Any], timeout_seconds: float) -> AsyncIterator[None]:
     """Set the deadline, and say in our words what went wrong."""
     name = type(saver).__name__
     try:

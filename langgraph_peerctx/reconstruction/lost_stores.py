@@ -23,11 +23,14 @@ from langgraph_peerctx.durability.admission import (
 )
 from langgraph_peerctx.durability.fenced_checkpointer import EPOCH, FencedCheckpointer
 from langgraph_peerctx.durability.ownership import AgentFence
+from langgraph_peerctx.durability.recording import recorded, recorder_of
+from langgraph_peerctx.durability.run_config import but_its_own
 from langgraph_peerctx.durability.workflow import Workflow, checkpointer_of
 from langgraph_peerctx.identifiers import new_id
-from langgraph_peerctx.owned import how_it_ended, name_of, write_end
+from langgraph_peerctx.owned import how_it_ended, name_of, warn_of_doubts, write_end
 from langgraph_peerctx.persistence.runs import NewRun, RunDurability, RunInput
 from langgraph_peerctx.protocol.messages import Json
+from langgraph_peerctx.reconstruction.checkpoint import reading
 from langgraph_peerctx.reconstruction.settling import OwnedThread
 from langgraph_peerctx.runtime import PeerContextRuntime
 
@@ -207,6 +210,7 @@ class LostStores:
         runtime = await self.owning()
         ownership = await runtime.own()
         thread_id = place["configurable"]["thread_id"]
+        seconds = runtime.settings.database_timeout_seconds
         since = None if known.run_id is None else known.since
         run = NewRun(
             run_id=known.run_id or new_id(),
@@ -218,7 +222,7 @@ class LostStores:
             context=packed_context(workflow, context),
             durability=durability,
             doubted_since=since,
-            above_epoch=max(known.epoch, await _epoch_above(workflow, place)),
+            above_epoch=max(known.epoch, await epoch_above(workflow, place, seconds)),
         )
         held = await ownership.aadmit(run)
         calls = calls_of(runtime) if self.asks_peers else None
@@ -226,7 +230,12 @@ class LostStores:
         effects = thread.effects_of(run.run_id, input_digest=input_digest, doubted_since=since)
         metadata = {**(place.get("metadata") or {}), "run_id": run.run_id}
         behind = fenced(workflow, AgentFence(agent_id, ownership))
-        begun = Begun(workflow=behind, place=effects.go_along({**place, "metadata": metadata}))
+        with_effects = effects.go_along({**place, "metadata": metadata})
+        recorder = recorder_of(agent_id)
+        begun = Begun(
+            workflow=behind,
+            place=but_its_own(recorded(with_effects, recorder), workflow.config),
+        )
         try:
             yield begun
         except BaseException as error:
@@ -236,18 +245,25 @@ class LostStores:
             await write_end(ownership, held, run.run_id, *how_it_ended(begun.error, ownership))
         else:
             await write_end(ownership, held, run.run_id, "returned", None)
+            warn_of_doubts(begun.place, "returned")
 
 
-async def _epoch_above(workflow: Workflow, place: RunnableConfig) -> int:
+async def epoch_above(workflow: Workflow, place: RunnableConfig, timeout_seconds: float) -> int:
     """Return an epoch that no owner of the thread is likely to have had.
 
     Peers do not tell of the epochs below which they have barred keys. Where checkpoints are left,
     these say which the last owner's was, and a fence looks at every epoch since. Otherwise the
     seconds since 1970 are above any that was counted, and above those of an earlier loss.
+
+    Raises:
+        StoreError: If the checkpointer failed, or did not answer in time.
     """
     saver = checkpointer_of(workflow)
+    if saver is None:
+        return int(time.time())
     bare = saver.bare if isinstance(saver, FencedCheckpointer) else saver
-    newest = None if bare is None else await bare.aget_tuple(place)
+    async with reading(bare, timeout_seconds):
+        newest = await bare.aget_tuple(place)
     if newest is None:
         return int(time.time())
     epoch = newest.metadata.get(EPOCH)

@@ -1,13 +1,22 @@
 """What peers remember names a run, or leaves it open; a lie does neither harm nor wonders."""
 
+import asyncio
+import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from langgraph.checkpoint.base import CheckpointTuple
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.graph import START, StateGraph
+from typing_extensions import TypedDict
 
+from langgraph_peerctx.errors import StoreBusyError
 from langgraph_peerctx.reconstruction.lost_stores import (
     HIGHEST_EPOCH,
+    MARGIN,
     Remembered,
+    epoch_above,
     remembered,
     said_of,
     unheard,
@@ -115,3 +124,37 @@ def test_what_is_missing_is_said_and_how_to_go_on() -> None:
 def test_what_a_run_was_begun_with_is_said() -> None:
     assert "nobody remembers one with this input" in said_of(Remembered(), "new")
     assert "run r1" in said_of(Remembered(run_ids=("r1",), is_sure=True), "r1")
+
+
+class State(TypedDict, total=False):
+    topic: str
+
+
+class Slow(InMemorySaver):
+    async def aget_tuple(self, config: Any) -> CheckpointTuple | None:
+        await asyncio.sleep(60)
+        return await super().aget_tuple(config)
+
+
+AT: Any = {"configurable": {"thread_id": "t"}}
+
+
+def workflow(saver: Any) -> Any:
+    builder = StateGraph(State)
+    builder.add_node("write", lambda _: {"topic": "x"})
+    builder.add_edge(START, "write")
+    return builder.compile(checkpointer=saver)
+
+
+async def test_a_new_lease_begins_above_what_a_checkpoint_says_or_else_above_any() -> None:
+    app = workflow(InMemorySaver())
+    assert abs(await epoch_above(app, AT, 5) - time.time()) < 60
+    await app.ainvoke({}, AT)
+    assert await epoch_above(app, AT, 5) == MARGIN
+    await app.ainvoke({}, {**AT, "metadata": {"peerctx_epoch": 7}})
+    assert await epoch_above(app, AT, 5) == MARGIN + 7
+
+
+async def test_a_checkpointer_that_says_nothing_is_waited_for_so_long_and_no_longer() -> None:
+    with pytest.raises(StoreBusyError, match=r"did not answer within 0\.1 s"):
+        await epoch_above(workflow(Slow()), AT, 0.1)
