@@ -59,7 +59,8 @@ from langgraph_peerctx.reconstruction.incident import (
     tell,
     timed,
 )
-from langgraph_peerctx.reconstruction.recovery_graph import RecoveryPlan, RecoverySteps
+from langgraph_peerctx.reconstruction.recovery_graph import RecoverySteps
+from langgraph_peerctx.reconstruction.recovery_plan import RecoveryPlan
 from langgraph_peerctx.reconstruction.report import Noticed
 from langgraph_peerctx.reconstruction.result import RecoveryResult
 from langgraph_peerctx.reconstruction.resume import Admitted, Given

@@ -32,7 +32,8 @@ from langgraph_peerctx.reconstruction.gap_filling import Inference
 from langgraph_peerctx.reconstruction.incident import OnStep
 from langgraph_peerctx.reconstruction.lost_stores import LostStores
 from langgraph_peerctx.reconstruction.recoverer import Recoverer, SupervisedWorkflow
-from langgraph_peerctx.reconstruction.recovery_graph import RecoveryPlan, RecoverySteps
+from langgraph_peerctx.reconstruction.recovery_graph import RecoverySteps
+from langgraph_peerctx.reconstruction.recovery_plan import RecoveryPlan
 from langgraph_peerctx.reconstruction.result import RecoveryResult
 from langgraph_peerctx.reconstruction.settling import OwnedThread
 from langgraph_peerctx.reconstruction.sources import ContextRuntime

@@ -6,23 +6,19 @@ the peers that are missing, reads the thread's head anew, and applies its update
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import Annotated, Any
+from typing import Any
 
 from langchain_core.language_models import BaseChatModel
 from langchain_core.runnables import RunnableConfig
 from langgraph.graph import END, START, StateGraph
 from langgraph.runtime import get_runtime
 from langgraph.types import Durability, RetryPolicy, interrupt
-from pydantic import Field
-from typing_extensions import TypedDict  # pydantic makes schemas of this one only, up to 3.11
 
-from langgraph_peerctx import background
 from langgraph_peerctx.config import PeerContextSettings
-from langgraph_peerctx.durability.admission import digest_of, of_admitted_run
 from langgraph_peerctx.durability.run_config import but_its_own
 from langgraph_peerctx.durability.workflow import (
     Workflow,
@@ -30,29 +26,24 @@ from langgraph_peerctx.durability.workflow import (
     compiled,
     of_run,
     safest_durability,
-    thread_config,
 )
-from langgraph_peerctx.errors import BrokerUnavailableError, PeerContextError
+from langgraph_peerctx.errors import BrokerUnavailableError
 from langgraph_peerctx.gathering.gatherer import OnAnswer
 from langgraph_peerctx.gathering.peer_context import PeerContext
 from langgraph_peerctx.identifiers import check_id, new_id
-from langgraph_peerctx.nodes.on_runtime import OnRuntime, RuntimeSource, Update
+from langgraph_peerctx.nodes.on_runtime import OnRuntime, Update
 from langgraph_peerctx.nodes.peer_context_subgraph import (
     CollectContext,
     Limits,
-    PeerContextInput,
     Position,
-    QuestionState,
     RequestContext,
 )
 from langgraph_peerctx.nodes.reading import seconds_in, text_in
 from langgraph_peerctx.owned import unowned
-from langgraph_peerctx.persistence.effect_ledger import Effect
-from langgraph_peerctx.persistence.runs import Run
 from langgraph_peerctx.protocol.looking import plain
-from langgraph_peerctx.protocol.messages import WINDOW_LIMIT_SECONDS, InDoubtKey
+from langgraph_peerctx.protocol.messages import WINDOW_LIMIT_SECONDS
 from langgraph_peerctx.reconstruction.approval import Thresholds, is_approved, what_to_approve
-from langgraph_peerctx.reconstruction.checkpoint import CheckpointView, load_checkpoint
+from langgraph_peerctx.reconstruction.checkpoint import CheckpointView
 from langgraph_peerctx.reconstruction.evidence import Reconstruction, reconstruct, with_inferred
 from langgraph_peerctx.reconstruction.first_checkpoint import first_checkpoint_after
 from langgraph_peerctx.reconstruction.gap_filling import Inference, filled
@@ -63,32 +54,25 @@ from langgraph_peerctx.reconstruction.incident import (
     tell,
     timed,
 )
-from langgraph_peerctx.reconstruction.lost_stores import (
-    LostStores,
-    Remembered,
-    remembered,
-    said_of,
-    what_is_missing,
+from langgraph_peerctx.reconstruction.lost_stores import said_of, what_is_missing
+from langgraph_peerctx.reconstruction.recovered_thread import RecoveredThread
+from langgraph_peerctx.reconstruction.recovery_plan import (
+    RecoveryInput,
+    RecoveryOutput,
+    RecoveryPlan,
+    RecoveryState,
 )
-from langgraph_peerctx.reconstruction.report import Noticed
 from langgraph_peerctx.reconstruction.resume import (
-    Admitted,
     Decision,
     Delivery,
     Outcome,
     RecoveryStatus,
     conclude,
-    decide,
-    deliver_answer,
-    deliver_at_head,
-    deliver_at_start,
     project,
     resume_workflow,
 )
 from langgraph_peerctx.reconstruction.settling import (
-    OwnedThread,
     answers_in,
-    doubtful,
     effect_json,
     keys_of,
     question_of,
@@ -96,124 +80,11 @@ from langgraph_peerctx.reconstruction.settling import (
     why_unknown,
     words_on,
 )
-from langgraph_peerctx.reconstruction.sources import (
-    EvidenceQuery,
-    OwnEvents,
-    Sources,
-    collect_own_events,
-    existing_store,
-    nobody_asked,
-)
+from langgraph_peerctx.reconstruction.sources import EvidenceQuery, collect_own_events, nobody_asked
 
 _logger = logging.getLogger(__name__)
 
 _BROKER_RETRY = RetryPolicy(max_attempts=2, initial_interval=0.2, retry_on=BrokerUnavailableError)
-
-
-class RecoveryInput(PeerContextInput, total=False):
-    """Which workflow is to be recovered, and who is to be asked."""
-
-    initial_state: Annotated[
-        dict[str, Any] | None,
-        Field(
-            title="Initial state",
-            description="What to begin with if the thread has no checkpoint.",
-            examples=[{"product": "umbrella"}],
-        ),
-    ]
-    in_doubt: Annotated[
-        list[dict[str, Any]],
-        Field(
-            title="Effects in doubt",
-            description="Effects of which nobody here knows whether they happened; see InDoubtKey.",
-            examples=[[]],
-        ),
-    ]
-
-
-class RecoveryOutput(TypedDict, total=False):
-    """How the recovery ended."""
-
-    result: Annotated[
-        dict[str, Any] | None,
-        Field(title="Result", description="As RecoveryResult, plain JSON; None before the end."),
-    ]
-
-
-class RecoveryState(RecoveryInput, QuestionState, RecoveryOutput, total=False):
-    """The recovery's own state, plain JSON; no channel of it has a reducer.
-
-    So it may stand inside another graph: a reducer that both share would double what it has.
-    """
-
-    incident_id: str
-    started_at: str
-    epoch: int
-    doubts: list[str]
-    run_id: str | None
-    action: str
-    checkpoint: dict[str, Any] | None
-    reaches_checkpoint: bool
-    gathered: dict[str, Any] | None
-    noticed: dict[str, Any] | None
-    evidence: dict[str, Any]
-    approval: dict[str, Any]
-    steps: list[dict[str, Any]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecoveryPlan:
-    """What a recovery is made of, and no checkpoint can keep.
-
-    Attributes:
-        admitted: The run, where it was written down when it began: its input outranks
-            `initial_state`.
-        incident_id: The incident, where there is a row of it; by default a fresh one.
-        before: Steps that were taken before the graph, the claim for instance.
-        noticed: How the failure was noticed, and when.
-        thread: The thread, where it is ours: its effects are settled, and done, under our lease.
-        ended: The thread's last run, where it is not being recovered as an open one.
-        lost: Begins a run anew of which no record is left; None if the caller owns nothing.
-        run_id: Which run it was, where the caller knows.
-        despite_silence: Whether it is begun although peers that may remember it say nothing.
-        answers: What a human says of effects in doubt, by their keys.
-        inference: A model that may fill what no evidence has.
-        can_ask: Whether a human can be asked: an interrupt needs a checkpointer.
-        source: Another runtime than the process's own.
-        open_store: Another event store than the settings'.
-        initial_state: What to begin with, where the state does not say.
-    """
-
-    workflow: Workflow
-    admitted: Admitted | None = None
-    incident_id: str | None = None
-    before: tuple[StepRecord, ...] = ()
-    noticed: Noticed | None = None
-    thread: OwnedThread | None = None
-    ended: Run | None = None
-    lost: LostStores | None = None
-    run_id: str | None = None
-    despite_silence: bool = False
-    answers: Mapping[str, Any] = field(default_factory=dict)
-    inference: Inference = field(default_factory=Inference)
-    can_ask: bool = True
-    channel: str = "peer_context"
-    context: Any = None
-    config: RunnableConfig | None = None
-    durability: Durability | None = None
-    initial_state: Any = None
-    use_peer_context: bool = True
-    limits: Limits = field(default_factory=Limits)
-    thresholds: Thresholds = field(default_factory=Thresholds)
-    settings: PeerContextSettings | None = None
-    source: RuntimeSource | None = None
-    open_store: Callable[[], OwnEvents] | None = None
-    on_step: OnStep | None = None
-    on_answer: OnAnswer | None = None
-
-    def settings_now(self) -> PeerContextSettings:
-        """Return the settings that count at this moment."""
-        return self.settings or background.settings_in_use() or PeerContextSettings()
 
 
 def create_recovery_graph(
@@ -300,6 +171,7 @@ class RecoverySteps:
     def __init__(self, plan: RecoveryPlan) -> None:
         plan.inference.check(plan.workflow)
         self.plan = plan
+        self._thread = RecoveredThread(plan)
         self.final_state: Any = None
         self.error: Exception | None = None
         self._of_the_lost: tuple[str, ...] = ()
@@ -351,7 +223,7 @@ class RecoverySteps:
             text_in(state, "failed_agent_id", "the agent that failed"), "failed_agent_id"
         )
         thread_id = text_in(state, "thread_id", "the thread to recover")
-        check_initial_state(self.plan.workflow, self._initial_state(state))
+        check_initial_state(self.plan.workflow, self._thread.initial_state(state))
         settings = self.plan.settings_now()
         begun: Update = {
             "incident_id": self.plan.incident_id or new_id(),
@@ -364,8 +236,8 @@ class RecoverySteps:
             "result": None,
         }
         with self._step("load_checkpoint", begun) as step:
-            view = await self._head(state)
-            decision = self._decide(state, view)
+            view = await self._thread.head(state)
+            decision = self._thread.decide(state, view)
             step.detail.update(view.as_json(), action=decision.action)
         query = EvidenceQuery(
             agent_id=agent_id,
@@ -374,8 +246,8 @@ class RecoverySteps:
         ).reaching(view.created_at, settings.time_window_seconds)
         if self.plan.lost is not None and decision.action == "restart":
             query = replace(query, time_window_seconds=WINDOW_LIMIT_SECONDS)  # it may be long ago
-        run_id = self._run_id(view)
-        effects = await self._effects(run_id)
+        run_id = self._thread.run_id(view)
+        effects = await self._thread.effects(run_id)
         begun |= {
             "run_id": run_id,
             "in_doubt": [
@@ -407,17 +279,17 @@ class RecoverySteps:
     async def reconstruct(self, state: RecoveryState) -> Update:
         """Put checkpoint, own events and peers together."""
         with self._step("reconstruct", state) as step:
-            view = await self._head(state)
-            query = self._query(state)
-            own = await collect_own_events(self._own_events(), query)
+            view = await self._thread.head(state)
+            query = self._thread.query(state)
+            own = await collect_own_events(self._thread.own_events(), query)
             gathered = state.get("gathered")
             peers = None if gathered is None else PeerContext.from_json(gathered)
-            effects = await self._effects(state.get("run_id"))
+            effects = await self._thread.effects(state.get("run_id"))
             if self.plan.thread is not None:
                 for effect, word in words_on(effects, peers):
                     await self.plan.thread.settle(effect, word, "peer")
-                effects = await self._effects(state.get("run_id"))
-            doubts = self._doubted(state, effects)
+                effects = await self._thread.effects(state.get("run_id"))
+            doubts = self._thread.doubted(state, effects)
             found = await self._infer(
                 state, view, reconstruct(query, view, own, peers, effects, doubts=doubts)
             )
@@ -426,7 +298,7 @@ class RecoverySteps:
             step.detail.update(own_events=len(own.events), degraded=bool(evidence["degraded"]))
         return {
             "evidence": evidence,
-            "doubts": [effect.key for effect in self._doubted(state, effects)],
+            "doubts": [effect.key for effect in self._thread.doubted(state, effects)],
             "epoch": self.plan.thread.epoch if self.plan.thread else 0,
             "steps": [*state["steps"], step.record],
         }
@@ -438,7 +310,7 @@ class RecoverySteps:
         plan = self.plan
         if plan.inference.llm is None:
             return found
-        known = view.values if view.exists else self._initial_state(state)
+        known = view.values if view.exists else self._thread.initial_state(state)
         inferred = await plan.inference.fill(
             plan.workflow,
             known if isinstance(known, Mapping) else {},
@@ -458,7 +330,7 @@ class RecoverySteps:
         thread, run_id = self.plan.thread, state.get("run_id")
         if thread is None or run_id is None:
             return {}
-        by_human = [e for e in await self._effects(run_id) if e.source == "human"]
+        by_human = [e for e in await self._thread.effects(run_id) if e.source == "human"]
         for effect, said in answers_in(self.plan.answers, by_human, may_be_bare=False):
             await thread.amend(effect, said)
         if not state["doubts"]:
@@ -466,9 +338,9 @@ class RecoverySteps:
         may_be_bare = len(state["doubts"]) == 1
         await self._answered(self.plan.answers, state, may_be_bare=may_be_bare)
         if thread.epoch != state["epoch"]:
-            await thread.ask_again(await self._doubtful(state), run_id)
+            await thread.ask_again(await self._thread.doubtful(state), run_id)
         unclear: object = None
-        while open_ones := await self._doubtful(state):
+        while open_ones := await self._thread.doubtful(state):
             if not self.plan.can_ask or any(e.if_unknown == "fail" for e in open_ones):
                 asked = self.plan.use_peer_context
                 reasons = [f"{question_of(e)} {why_unknown(e, asked=asked)}" for e in open_ones]
@@ -483,7 +355,7 @@ class RecoverySteps:
             )
             unclear = answer
             await self._answered(answer, state, may_be_bare=may_be_bare)
-        effects = [effect_json(effect) for effect in await self._effects(run_id)]
+        effects = [effect_json(effect) for effect in await self._thread.effects(run_id)]
         return {"evidence": {**state["evidence"], "effects": effects}}
 
     async def _answered(self, answer: object, state: RecoveryState, *, may_be_bare: bool) -> None:
@@ -491,7 +363,7 @@ class RecoverySteps:
         thread = self.plan.thread
         if thread is None or (not answer and answer is not False):
             return
-        open_ones = await self._doubtful(state)
+        open_ones = await self._thread.doubtful(state)
         for effect, settled in answers_in(answer, open_ones, may_be_bare=may_be_bare):
             await thread.settle(effect, settled, "human")
 
@@ -500,69 +372,17 @@ class RecoverySteps:
         plan, evidence = self.plan, state["evidence"]
         if plan.lost is None or state["action"] != "restart" or plan.despite_silence:
             return None
-        known = self._remembered(state)
+        known = self._thread.remembered(state)
         if not plan.lost.concerns(known):
             return None
         return what_is_missing(known, evidence["coverage"], plan.limits.under(state).expect)
-
-    def _remembered(self, state: RecoveryState) -> Remembered:
-        facts, run_id = state["evidence"]["peer_context"], self.plan.run_id
-        known = remembered(state["failed_agent_id"], facts, self._digest(state))
-        if run_id is None:
-            return known
-        since = known.since or datetime.now(UTC)
-        return replace(known, run_ids=(run_id,), is_sure=True, since=since)
-
-    def _known(self, state: RecoveryState, view: CheckpointView, decision: Decision) -> Remembered:
-        """Return what is known of a run without a record: a checkpoint names it."""
-        known = self._remembered(state)
-        if decision.action == "restart" or view.run_id is None:
-            return known
-        moments = [moment for moment in (known.since, view.created_at) if moment is not None]
-        since = min(moments, default=None)
-        return replace(known, run_ids=(view.run_id,), is_sure=True, since=since)
-
-    def _digest(self, state: RecoveryState) -> str | None:
-        given = self._initial_state(state)
-        return None if given is None else digest_of(given)
 
     async def _stopped_in_doubt(
         self, state: RecoveryState, reasons: Sequence[str]
     ) -> dict[str, Any]:
         why = tuple(f"in_doubt: {reason}" for reason in reasons)
         stopped = Decision(action="stop", status="in_doubt", reasons=why)
-        return self._stopped(state, await self._head(state), stopped)
-
-    def _run_id(self, view: CheckpointView) -> str | None:
-        """Return which run it is, as far as anybody here knows."""
-        plan = self.plan
-        if plan.admitted is not None:
-            return plan.admitted.run_id
-        if view.run_id is not None or plan.ended is None or plan.ended.end_kind == "returned":
-            return view.run_id
-        return plan.ended.run_id
-
-    def _doubted_since(self, run_id: str) -> datetime | None:
-        plan = self.plan
-        if plan.admitted is not None:
-            return plan.admitted.doubted_since
-        is_it = plan.ended is not None and plan.ended.run_id == run_id
-        return plan.ended.doubted_since if plan.ended is not None and is_it else None
-
-    async def _doubtful(self, state: RecoveryState) -> list[Effect]:
-        return self._doubted(state, await self._effects(state.get("run_id")))
-
-    @staticmethod
-    def _doubted(state: RecoveryState, effects: Sequence[Effect]) -> list[Effect]:
-        return doubtful(
-            effects,
-            run_id=state.get("run_id") or "",
-            after=_after(state),
-            finished=_finished_nodes(state),
-        )
-
-    async def _effects(self, run_id: str | None) -> list[Effect]:
-        return [] if self.plan.thread is None else await self.plan.thread.known(run_id)
+        return self._stopped(state, await self._thread.head(state), stopped)
 
     async def approve(self, state: RecoveryState) -> Update:
         """Ask a human, where coverage or confidence is below what the caller wants."""
@@ -580,20 +400,20 @@ class RecoverySteps:
         if not approved:
             reason = f"not_approved: a human said no, since {'; '.join(why)}"
             ended = Decision(action="stop", status="not_approved", reasons=(reason,))
-            update["result"] = self._stopped(state, await self._head(state), ended)
+            update["result"] = self._stopped(state, await self._thread.head(state), ended)
         return update
 
     async def resume_workflow(self, state: RecoveryState) -> Update:
         """Read the head again, bring the facts in once, and let the workflow go on."""
         plan, evidence = self.plan, state["evidence"]
-        before = await self._head(state)
-        decision = self._decide(state, before)
+        before = await self._thread.head(state)
+        decision = self._thread.decide(state, before)
         if decision.action == "stop":  # somebody else was here since
             return {"result": self._stopped(state, before, decision)}
         delivery = filled(
             plan.workflow,
             before,
-            self._deliver(state, before, decision),
+            self._thread.deliver(state, before, decision),
             evidence.get("inferred", {}),
             anew=decision.action == "restart",
         )
@@ -605,16 +425,16 @@ class RecoverySteps:
             error = None if outcome.error is None else type(outcome.error).__name__
             step.detail.update(error=error)
         with self._step("verify", state) as verified:
-            after = await self._head_if_it_can_be_read(state)
+            after = await self._thread.head_if_it_can_be_read(state)
             verified.detail.update(after.as_json() if after else {})
             first_at = await first_checkpoint_after(
                 plan.workflow,
-                self._place(state),
+                self._thread.place(state),
                 before.checkpoint_id,
                 timeout_seconds=plan.settings_now().database_timeout_seconds,
             )
         moments = {**state, "first_checkpoint_at": first_at}
-        effects = await self._effects(state.get("run_id"))
+        effects = await self._thread.effects(state.get("run_id"))
         if effects:
             evidence = {**evidence, "effects": [effect_json(effect) for effect in effects]}
         ending = conclude(plan.workflow, decision, delivery, outcome, before=before, after=after)
@@ -646,17 +466,19 @@ class RecoverySteps:
     ) -> Outcome:
         """Run the workflow with its effects: those of a run that is ours, or is begun anew."""
         plan = self.plan
-        place = but_its_own(self._place_of_run(state, before, decision), plan.workflow.config)
-        known = self._known(state, before, decision)
+        place = but_its_own(
+            self._thread.place_of_run(state, before, decision), plan.workflow.config
+        )
+        known = self._thread.known(state, before, decision)
         options: Any = {"context": plan.context, "durability": durability}
         is_named = decision.action == "restart" or before.run_id is not None
         lost = plan.lost if plan.admitted is None and is_named else None
         if lost is None or not lost.concerns(known):
             if plan.thread is not None:
                 run_id = state.get("run_id") or new_id()
-                since = self._doubted_since(run_id)
+                since = self._thread.doubted_since(run_id)
                 effects = plan.thread.effects_of(
-                    run_id, input_digest=self._digest(state), doubted_since=since
+                    run_id, input_digest=self._thread.digest(state), doubted_since=since
                 )
                 place = effects.go_along(of_run(place, run_id))
             return await resume_workflow(plan.workflow, place, delivery, **options)
@@ -665,8 +487,8 @@ class RecoverySteps:
             place,
             known,
             agent_id=state["failed_agent_id"],
-            initial_state=self._initial_state(state),
-            input_digest=self._digest(state),
+            initial_state=self._thread.initial_state(state),
+            input_digest=self._thread.digest(state),
             **options,
         )
         async with beginning as begun:
@@ -698,7 +520,7 @@ class RecoverySteps:
                 if _attempt() < _BROKER_RETRY.max_attempts:
                     raise
                 degraded = (f"no_broker: {error}",)
-                update = _gathered(nobody_asked(self._query(state), degraded))
+                update = _gathered(nobody_asked(self._thread.query(state), degraded))
                 step.detail.update(error=type(error).__name__)
             if (gathered := update.get("gathered")) is not None:
                 step.detail.update(facts=len(gathered["facts"]))
@@ -712,83 +534,6 @@ class RecoverySteps:
             agent_id=state["failed_agent_id"],
             thread_id=state["thread_id"],
         )
-
-    def _place(self, state: Mapping[str, Any]) -> RunnableConfig:
-        return thread_config(self.plan.config, state["thread_id"])
-
-    async def _head(self, state: Mapping[str, Any]) -> CheckpointView:
-        timeout = self.plan.settings_now().database_timeout_seconds
-        return await load_checkpoint(
-            self.plan.workflow, self._place(state), timeout_seconds=timeout
-        )
-
-    async def _head_if_it_can_be_read(self, state: Mapping[str, Any]) -> CheckpointView | None:
-        """The run counts, whatever keeps us from seeing its end."""
-        try:
-            return await self._head(state)
-        except PeerContextError:
-            _logger.warning(
-                "the workflow was run, and its checkpoint cannot be read",
-                exc_info=True,
-                extra={"thread_id": state["thread_id"]},
-            )
-            return None
-
-    def _place_of_run(
-        self, state: Mapping[str, Any], view: CheckpointView, decision: Decision
-    ) -> RunnableConfig:
-        admitted, place = self.plan.admitted, self._place(state)
-        if admitted is None:
-            return of_run(place, view.run_id)
-        if decision.action == "restart" and admitted.fork_of is not None:
-            place["configurable"].update(admitted.fork_of)
-        return of_admitted_run(place, admitted.run_id)
-
-    def _initial_state(self, state: Mapping[str, Any]) -> Any:
-        if self.plan.admitted is not None and not self.plan.admitted.inputs[0].is_redacted:
-            return self.plan.admitted.inputs[0].value
-        given = state.get("initial_state")
-        return self.plan.initial_state if given is None else given
-
-    def _decide(self, state: Mapping[str, Any], view: CheckpointView) -> Decision:
-        return decide(
-            self.plan.workflow,
-            view,
-            has_initial_state=self._initial_state(state) is not None,
-            has_context=self.plan.context is not None,
-            admitted=self.plan.admitted,
-        )
-
-    def _deliver(self, state: RecoveryState, view: CheckpointView, decision: Decision) -> Delivery:
-        workflow, channel = self.plan.workflow, self.plan.channel
-        facts = state["evidence"]["peer_context"]
-        if decision.action == "restart":
-            return deliver_at_start(workflow, self._initial_state(state), channel, facts)
-        if decision.action == "answer" and self.plan.admitted is not None:
-            given = self.plan.admitted.inputs[-1].value
-            return deliver_answer(workflow, view, given, channel, facts)
-        return deliver_at_head(workflow, view, channel, facts)
-
-    def _query(self, state: RecoveryState) -> EvidenceQuery:
-        limits = self.plan.limits.under(state)
-        return EvidenceQuery(
-            agent_id=state["failed_agent_id"],
-            thread_id=state["thread_id"],
-            use_peer_context=self.plan.use_peer_context,
-            time_window_seconds=state["time_window_seconds"],
-            reaches_checkpoint=state["reaches_checkpoint"],
-            expect=limits.expect,
-            min_responses=limits.min_responses,
-            in_doubt=tuple(
-                InDoubtKey.model_validate(key, strict=False) for key in state.get("in_doubt") or ()
-            ),
-            run_id=state.get("run_id"),
-        )
-
-    def _own_events(self) -> Sources:
-        settings = self.plan.settings_now()
-        opened = self.plan.open_store or partial(existing_store, settings.database_url)
-        return Sources(open_store=opened, settings=settings)
 
     def _stopped(
         self, state: Mapping[str, Any], view: CheckpointView, decision: Decision
@@ -820,22 +565,6 @@ def _unless_ended(following: str, state: RecoveryState) -> str:
 
 def _unless_gathered(following: str, state: RecoveryState) -> str:
     return following if state.get("gathered") is None else "reconstruct"
-
-
-def _after(state: Mapping[str, Any]) -> int | None:
-    """Return the superstep after which the workflow goes on; None if it begins anew."""
-    checkpoint = state.get("checkpoint")
-    if checkpoint is None or state.get("action") == "restart":
-        return None
-    step: int | None = checkpoint["step"]
-    return step
-
-
-def _finished_nodes(state: Mapping[str, Any]) -> set[str]:
-    """Return the nodes of the open superstep that have finished all their tasks."""
-    tasks = (state.get("checkpoint") or {}).get("tasks", [])
-    unfinished = {task["name"] for task in tasks if task["state"] != "finished"}
-    return {task["name"] for task in tasks} - unfinished
 
 
 def _beginning(before: Sequence[StepRecord]) -> str:

@@ -29,10 +29,10 @@ from langgraph_peerctx.protocol.messages import InDoubtAnswer
 from langgraph_peerctx.reconstruction.approval import Thresholds
 from langgraph_peerctx.reconstruction.recovery import _Borrowed
 from langgraph_peerctx.reconstruction.recovery_graph import (
-    RecoveryPlan,
     RecoverySteps,
     create_recovery_graph,
 )
+from langgraph_peerctx.reconstruction.recovery_plan import RecoveryPlan
 
 RECOVERY: Any = {"configurable": {"thread_id": "recovery-1"}}
 ORDER: Any = {"failed_agent_id": "product-agent", "thread_id": "thread-1"}
@@ -346,6 +346,6 @@ async def test_a_thread_that_cannot_be_read_is_an_error(
     async def broken(*_: Any, **__: Any) -> Any:
         raise RecoveryError("the thread moved on while it was read")
 
-    monkeypatch.setattr("langgraph_peerctx.reconstruction.recovery_graph.load_checkpoint", broken)
+    monkeypatch.setattr("langgraph_peerctx.reconstruction.recovered_thread.load_checkpoint", broken)
     with pytest.raises(RecoveryError, match="moved on"):
         await case.graph().ainvoke(ORDER, RECOVERY)
