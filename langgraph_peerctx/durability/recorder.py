@@ -4,30 +4,45 @@ Node events are evidence of work, not of commit: the checkpoint decides. What ca
 is not recorded: nodes answered from a cache, and `update_state`.
 """
 
-import hashlib
 import os
-import re
 import threading
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 from uuid import UUID
 
 from langgraph.callbacks import GraphCallbackHandler, GraphInterruptEvent
 from langgraph.errors import GraphBubbleUp, GraphInterrupt, ParentCommand
-from langgraph.types import Command, Send
+from langgraph.types import Command
 
+from langgraph_peerctx.durability.callback_values import (
+    commands_in,
+    graph_of,
+    how_it_ended,
+    interrupts_in,
+    is_graph_in_node,
+    own_agent,
+    targets_of,
+    told_of,
+    written,
+)
 from langgraph_peerctx.durability.positions import Execution, Positions
 from langgraph_peerctx.durability.record_writer import Fact, RecordWriter, Source
+from langgraph_peerctx.durability.recorded_ids import legal_agent_id, record_id, shortened
 from langgraph_peerctx.durability.recorded_payload import PayloadRules, Redact
+from langgraph_peerctx.durability.recorded_run import (
+    Call,
+    Counts,
+    Frame,
+    HandOff,
+    Place,
+    RecordedRun,
+)
 from langgraph_peerctx.errors import ConfigurationError
-from langgraph_peerctx.identifiers import RECORD_ID_LIMIT, check_id, is_legal_id
+from langgraph_peerctx.identifiers import check_id
 from langgraph_peerctx.persistence.event_store import EventStore, get_event_store
-from langgraph_peerctx.protocol.json_values import plain_text
-from langgraph_peerctx.protocol.looking import TEXT, Snapshot, opened
+from langgraph_peerctx.protocol.looking import Snapshot, opened
 from langgraph_peerctx.protocol.messages import Interaction
 
 END_DEADLINE_SECONDS: Final = 2.0
@@ -39,117 +54,9 @@ REMEMBERED_CALLS: Final = 10_000
 LOOKED_BACK: Final = 5_000
 """So many events of a thread are looked at for a run that another process began."""
 LONGEST_PLACE: Final = 200
-LONGEST_AGENT_ID: Final = 64
 
 _UNNAMED = "LangGraph"
 """What LangGraph calls a graph that nobody gave a name."""
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_ILLEGAL = re.compile(r"[^A-Za-z0-9_-]+")
-
-
-@dataclass(slots=True, eq=False)
-class _Counts:
-    """How often each position of a run was executed.
-
-    Attributes:
-        is_continued: Whether another process may have executed some of it before.
-        before: What it has recorded of that, by agent and place.
-    """
-
-    is_continued: bool
-    here: Counter[str] = field(default_factory=Counter)
-    before: dict[str, dict[str, int]] = field(default_factory=dict)
-
-
-@dataclass(slots=True, eq=False, kw_only=True)
-class _Place:
-    """One execution of a node, or of a whole run.
-
-    Attributes:
-        text: The run and the position, as they begin an interaction's id.
-        attempt: Which execution there, counted by this recorder.
-        overall: The same, with those counted that were recorded before.
-    """
-
-    text: str
-    agent_id: str
-    attempt: int
-    counts: _Counts
-    overall: int | None = None
-
-
-@dataclass(slots=True, eq=False, kw_only=True)
-class _Frame:
-    """A node that is being executed, or a whole run around its nodes.
-
-    Attributes:
-        namespace: The node's; of a run, "".
-        owner: The agent whose graph the node is in.
-        behind: The other agent that stands behind the node, if one does.
-        agent: The last agent that was found to act in it.
-        handed_to: The nodes that it has handed over to.
-        arrivals: Hand-offs to it, until it is known which agent acts in it.
-        told_here: What the agent behind it remembers too, if it turns out to act in this process.
-        is_hidden: Whether it is LangGraph's own.
-    """
-
-    namespace: str
-    node: str
-    position: str
-    place: _Place
-    owner: str
-    behind: str | None = None
-    agent: str | None = None
-    tools: int = 0
-    handed_to: set[str] = field(default_factory=set)
-    arrivals: list["_HandOff"] = field(default_factory=list)
-    told_here: list[Fact] = field(default_factory=list)
-    is_local: bool = False
-    is_asking: bool = False
-    is_hidden: bool = False
-
-
-@dataclass(slots=True, eq=False, kw_only=True)
-class _HandOff:
-    """One agent hands over to a node; whose node it is, is known when it begins.
-
-    Attributes:
-        namespace: Of the graph that the node is in.
-        is_named: Whether the node is named after an agent: a tool handed over to it.
-    """
-
-    fact: Fact
-    namespace: str
-    node: str
-    is_named: bool
-
-
-@dataclass(slots=True, eq=False)
-class _Run:
-    """One invocation of a graph, from its root event to its end."""
-
-    root: UUID
-    source: Source
-    calls: set[UUID] = field(default_factory=set)
-    handing: list[_HandOff] = field(default_factory=list)
-    waits: str | None = None
-
-
-@dataclass(slots=True, eq=False)
-class _Call:
-    """What a callback's run id stands for.
-
-    Attributes:
-        actor: The agent that acts in it.
-        named: The `agent_id` in its metadata: what is inside of it has it too.
-        tool: Of a tool's call: its name, number and the agent behind it.
-    """
-
-    run: _Run
-    frame: _Frame
-    actor: str
-    named: str | None
-    tool: tuple[str, int, str | None] | None = None
 
 
 class InteractionRecorder(GraphCallbackHandler):
@@ -230,9 +137,9 @@ class InteractionRecorder(GraphCallbackHandler):
         """Forget the runs that are under way, as a forked child must: they are its parent's."""
         self._lock = threading.Lock()
         self._positions = Positions()
-        self._calls: dict[UUID, _Call] = {}
-        self._frames: dict[str, _Frame] = {}
-        self._counts: OrderedDict[str, _Counts] = OrderedDict()
+        self._calls: dict[UUID, Call] = {}
+        self._frames: dict[str, Frame] = {}
+        self._counts: OrderedDict[str, Counts] = OrderedDict()
         self._abandoned: OrderedDict[UUID | None, None] = OrderedDict()
 
     def flush(self, timeout_seconds: float = END_DEADLINE_SECONDS) -> bool:
@@ -277,7 +184,7 @@ class InteractionRecorder(GraphCallbackHandler):
             self._node_began(run_id, around, given, execution, inputs)
         else:
             call = self._inside(run_id, around, given)
-            if _is_graph_in_node(given):
+            if is_graph_in_node(given):
                 self._graph_began(call, given, str(kwargs.get("name")))
 
     def on_chain_end(self, outputs: Any, *, run_id: UUID, **kwargs: Any) -> None:
@@ -307,7 +214,7 @@ class InteractionRecorder(GraphCallbackHandler):
         if call is None:
             return
         if call.run.root == run_id:
-            self._run_ended(call, {"ended": _how(error), "error": _told(error)})
+            self._run_ended(call, {"ended": how_it_ended(error), "error": told_of(error)})
             return
         self._abandon([run_id])  # its thread may go on
         if is_node:
@@ -338,7 +245,7 @@ class InteractionRecorder(GraphCallbackHandler):
             return
         given, frame = metadata or {}, around.frame
         name = str((serialized or {}).get("name") or kwargs.get("name"))
-        behind = self._peers.get(name) or _own_agent(given, around.named)
+        behind = self._peers.get(name) or own_agent(given, around.named)
         call = self._inside(run_id, around, given)
         with self._lock:
             frame.tools += 1
@@ -357,8 +264,8 @@ class InteractionRecorder(GraphCallbackHandler):
         call = self._left(run_id)
         if call is None or call.tool is None:
             return
-        self._tool_ended(call, {"output": _written(output)})
-        for command in _commands(output):
+        self._tool_ended(call, {"output": written(output)})
+        for command in commands_in(output):
             if command.graph == Command.PARENT:
                 self._hand_off(call, command, by=call.tool[0])
 
@@ -367,9 +274,9 @@ class InteractionRecorder(GraphCallbackHandler):
         del kwargs
         call = self._left(run_id)
         if call is not None and call.tool is not None and not isinstance(error, GraphBubbleUp):
-            self._tool_ended(call, {"error": _told(error)})
+            self._tool_ended(call, {"error": told_of(error)})
 
-    def _tool_ended(self, call: _Call, told: dict[str, Any]) -> None:
+    def _tool_ended(self, call: Call, told: dict[str, Any]) -> None:
         assert call.tool is not None  # noqa: S101 - asked before
         name, number, behind = call.tool
         told = {"tool": name, **told}
@@ -440,11 +347,11 @@ class InteractionRecorder(GraphCallbackHandler):
 
     def _run_began(self, root: UUID, given: Mapping[str, Any], inputs: Any) -> None:
         owned = given.get("run_id")
-        run_id = _record_id(str(owned or root))
-        source = Source(run_id, _record_id(str(given.get("thread_id") or run_id)))
-        run = _Run(root, source)
+        run_id = record_id(str(owned or root))
+        source = Source(run_id, record_id(str(given.get("thread_id") or run_id)))
+        run = RecordedRun(root, source)
         counts = self._counts_of(run_id, is_continued=owned is not None)
-        frame = _Frame(
+        frame = Frame(
             namespace="",
             node="",
             position="",
@@ -452,28 +359,28 @@ class InteractionRecorder(GraphCallbackHandler):
             owner=self.agent_id,
         )
         self._positions.began(root, given)  # where it is called from inside of a node
-        self._calls[root] = call = _Call(run, frame, self.agent_id, given.get("agent_id"))
+        self._calls[root] = call = Call(run, frame, self.agent_id, given.get("agent_id"))
         run.calls.add(root)
-        self._put(call, "run_begin", {"input": _written(inputs)}, self.agent_id)
+        self._put(call, "run_begin", {"input": written(inputs)}, self.agent_id)
 
-    def _counts_of(self, run_id: str, *, is_continued: bool) -> _Counts:
+    def _counts_of(self, run_id: str, *, is_continued: bool) -> Counts:
         with self._lock:
-            counts = self._counts.setdefault(run_id, _Counts(is_continued))
+            counts = self._counts.setdefault(run_id, Counts(is_continued))
             self._counts.move_to_end(run_id)
             while len(self._counts) > REMEMBERED_RUNS:
                 self._counts.popitem(last=False)
             return counts
 
-    def _place(self, source: Source, position: str, agent_id: str, counts: _Counts) -> _Place:
+    def _place(self, source: Source, position: str, agent_id: str, counts: Counts) -> Place:
         with self._lock:
             counts.here[position] += 1
             attempt = counts.here[position]
-        text = _shortened(f"{source.run_id}:{position}", LONGEST_PLACE)
-        return _Place(text=text, agent_id=agent_id, attempt=attempt, counts=counts)
+        text = shortened(f"{source.run_id}:{position}", LONGEST_PLACE)
+        return Place(text=text, agent_id=agent_id, attempt=attempt, counts=counts)
 
-    def _inside(self, run_id: UUID, around: _Call, given: Mapping[str, Any]) -> _Call:
+    def _inside(self, run_id: UUID, around: Call, given: Mapping[str, Any]) -> Call:
         named = given.get("agent_id", around.named)
-        call = _Call(around.run, around.frame, around.actor, named)
+        call = Call(around.run, around.frame, around.actor, named)
         self._calls[run_id] = call
         call.run.calls.add(run_id)
         return call
@@ -483,13 +390,13 @@ class InteractionRecorder(GraphCallbackHandler):
         if around is not None:
             self._inside(run_id, around, kwargs.get("metadata") or {})
 
-    def _left(self, run_id: UUID) -> _Call | None:
+    def _left(self, run_id: UUID) -> Call | None:
         call = self._calls.pop(run_id, None)
         if call is not None:
             call.run.calls.discard(run_id)
         return call
 
-    def _ended(self, run_id: UUID) -> tuple[_Call | None, bool]:
+    def _ended(self, run_id: UUID) -> tuple[Call | None, bool]:
         """Return what has ended, and whether it is a node."""
         call = self._left(run_id)
         namespace = self._positions.ended(run_id)
@@ -500,7 +407,7 @@ class InteractionRecorder(GraphCallbackHandler):
             self._put_hand_off(handing, call.frame.owner)
         return call, not call.frame.is_hidden
 
-    def _run_ended(self, call: _Call, told: dict[str, Any]) -> None:
+    def _run_ended(self, call: Call, told: dict[str, Any]) -> None:
         run = call.run
         for handing in run.handing:  # to nodes that did not begin any more
             if handing.is_named:
@@ -526,20 +433,20 @@ class InteractionRecorder(GraphCallbackHandler):
     def _node_began(
         self,
         run_id: UUID,
-        around: _Call,
+        around: Call,
         given: Mapping[str, Any],
         execution: Execution,
         inputs: Any,
     ) -> None:
         call = self._inside(run_id, around, given)
         namespace, node = str(given["langgraph_checkpoint_ns"]), execution.node
-        behind = self._peers.get(node) or _own_agent(given, around.named)
+        behind = self._peers.get(node) or own_agent(given, around.named)
         position = self._position(namespace, execution)
-        if around.frame.position and _graph_of(namespace) != around.frame.namespace:
+        if around.frame.position and graph_of(namespace) != around.frame.namespace:
             # A graph with a thread of its own, called by a node, begins at the root again.
             position = f"{around.frame.position}/{position}"
         counts = around.frame.place.counts
-        frame = _Frame(
+        frame = Frame(
             namespace=namespace,
             node=node,
             position=position,
@@ -550,7 +457,7 @@ class InteractionRecorder(GraphCallbackHandler):
         )
         call.frame = self._frames[namespace] = frame
         if frame.behind is not None:
-            told = {"sent": _written(inputs)}
+            told = {"sent": written(inputs)}
             fact = self._put(call, "message", told, frame.owner, receiver=frame.behind)
             frame.told_here.append(fact)
             call.actor = frame.behind
@@ -563,7 +470,7 @@ class InteractionRecorder(GraphCallbackHandler):
         except ConfigurationError:  # inside of nodes that were not seen to begin
             return f"?/{execution.place}"
 
-    def _graph_began(self, call: _Call, given: Mapping[str, Any], name: str) -> None:
+    def _graph_began(self, call: Call, given: Mapping[str, Any], name: str) -> None:
         """Take note of a graph inside of a node: it may be a team's agent."""
         frame = call.frame
         if frame.behind is not None:
@@ -581,20 +488,20 @@ class InteractionRecorder(GraphCallbackHandler):
             self._put_hand_off(handing, call.actor)
         frame.arrivals.clear()
 
-    def _told_locally(self, frame: _Frame) -> None:
+    def _told_locally(self, frame: Frame) -> None:
         """Let the agent behind a node remember, too: it acts in this process."""
         frame.is_local = True
         for fact in frame.told_here:
             self._writer.put(fact, [str(frame.behind)])
         frame.told_here.clear()
 
-    def _node_ended(self, call: _Call, outputs: Any) -> None:
+    def _node_ended(self, call: Call, outputs: Any) -> None:
         self._wrote(call, outputs)
-        for command in _commands(outputs):
+        for command in commands_in(outputs):
             self._hand_off(call, command)
         self._see_it_stored()
 
-    def _node_stopped(self, call: _Call, error: BaseException) -> None:
+    def _node_stopped(self, call: Call, error: BaseException) -> None:
         frame = call.frame
         around = self._around(frame)
         if isinstance(error, ParentCommand):
@@ -605,16 +512,16 @@ class InteractionRecorder(GraphCallbackHandler):
                 around.handed_to |= frame.handed_to
         elif isinstance(error, GraphInterrupt):
             if not frame.is_asking:
-                questions = [getattr(asked, "value", asked) for asked in _interrupts(error)]
+                questions = [getattr(asked, "value", asked) for asked in interrupts_in(error)]
                 self._put(call, "asked", {"questions": questions}, frame.owner)
             if around is not None:
                 around.is_asking = True
         elif not isinstance(error, GraphBubbleUp):
-            self._put(call, "node_failed", {"error": _told(error)}, frame.owner)
+            self._put(call, "node_failed", {"error": told_of(error)}, frame.owner)
         self._see_it_stored()
 
-    def _wrote(self, call: _Call, outputs: Any) -> None:
-        frame, wrote = call.frame, _written(outputs)
+    def _wrote(self, call: Call, outputs: Any) -> None:
+        frame, wrote = call.frame, written(outputs)
         self._put(call, "node", {"wrote": wrote}, frame.owner)
         if frame.behind is not None:
             fact = self._put(call, "reply", {"received": wrote}, frame.owner, sender=frame.behind)
@@ -625,36 +532,36 @@ class InteractionRecorder(GraphCallbackHandler):
         if self.raise_error and not self._writer.flush(END_DEADLINE_SECONDS):
             self._writer.raise_fault()
 
-    def _around(self, frame: _Frame) -> _Frame | None:
+    def _around(self, frame: Frame) -> Frame | None:
         """Return the node whose graph this node is in."""
-        return self._frames.get(_graph_of(frame.namespace))
+        return self._frames.get(graph_of(frame.namespace))
 
     # Hand-offs
 
-    def _hand_off(self, call: _Call, command: Command[Any], *, by: str | None = None) -> None:
+    def _hand_off(self, call: Call, command: Command[Any], *, by: str | None = None) -> None:
         """Take note of where a node or a tool hands over to, once."""
         frame = call.frame
         from_agent = call.actor if by else frame.agent or call.actor
-        namespace = _graph_of(frame.namespace)
+        namespace = graph_of(frame.namespace)
         if command.graph == Command.PARENT:
-            namespace = _graph_of(namespace)
-        for node in _targets(command):
+            namespace = graph_of(namespace)
+        for node in targets_of(command):
             with self._lock:
                 is_known = node in frame.handed_to
                 frame.handed_to.add(node)
                 number = len(frame.handed_to)
             if is_known:
                 continue
-            told = {"to_node": node, "by_tool": by, "update": _written(command.update)}
+            told = {"to_node": node, "by_tool": by, "update": written(command.update)}
             fact = self._fact(call, "handoff", told, (from_agent, from_agent), number)
-            handing = _HandOff(fact=fact, namespace=namespace, node=node, is_named=by is not None)
+            handing = HandOff(fact=fact, namespace=namespace, node=node, is_named=by is not None)
             with self._lock:
                 call.run.handing.append(handing)
 
-    def _arrived(self, call: _Call) -> None:
+    def _arrived(self, call: Call) -> None:
         """See who was handed over to, now that the node begins."""
         frame, run = call.frame, call.run
-        where = _graph_of(frame.namespace)
+        where = graph_of(frame.namespace)
         with self._lock:  # a node may begin several times at once
             here = [h for h in run.handing if h.node == frame.node and h.namespace == where]
             run.handing = [h for h in run.handing if h not in here]
@@ -671,7 +578,7 @@ class InteractionRecorder(GraphCallbackHandler):
     def _agent_at(self, node: str) -> str:
         return self._peers.get(node) or legal_agent_id(node)
 
-    def _put_hand_off(self, handing: _HandOff, to_agent: str, *, is_local: bool = True) -> bool:
+    def _put_hand_off(self, handing: HandOff, to_agent: str, *, is_local: bool = True) -> bool:
         fact = handing.fact
         if fact.from_agent == to_agent:
             return False
@@ -683,7 +590,7 @@ class InteractionRecorder(GraphCallbackHandler):
 
     def _put(
         self,
-        call: _Call,
+        call: Call,
         kind: str,
         told: Mapping[str, Any],
         keeper: str,
@@ -700,7 +607,7 @@ class InteractionRecorder(GraphCallbackHandler):
 
     def _fact(
         self,
-        call: _Call,
+        call: Call,
         kind: str,
         told: Mapping[str, Any],
         parties: tuple[str, str],
@@ -733,7 +640,7 @@ class InteractionRecorder(GraphCallbackHandler):
         return self._own_store[1]
 
     def _rendered(self, store: EventStore, fact: Fact) -> Interaction:
-        place: _Place = fact.place
+        place: Place = fact.place
         if place.overall is None:
             place.overall = place.attempt + self._recorded_before(store, fact.source, place)
         kind = f"{fact.kind}.{fact.number}" if fact.number else fact.kind
@@ -750,7 +657,7 @@ class InteractionRecorder(GraphCallbackHandler):
             run_id=fact.source.run_id,
         )
 
-    def _recorded_before(self, store: EventStore, source: Source, place: _Place) -> int:
+    def _recorded_before(self, store: EventStore, source: Source, place: Place) -> int:
         """Return how many attempts at a place an earlier process has recorded."""
         counts, agent_id = place.counts, place.agent_id
         if not counts.is_continued:
@@ -766,105 +673,10 @@ class InteractionRecorder(GraphCallbackHandler):
         return counts.before[agent_id].get(place.text, 0)
 
 
-@lru_cache(maxsize=1_000)
-def legal_agent_id(name: str) -> str:
-    """Return a name as a legal agent id, the same for the same name.
-
-    Spaces become underscores, as teams do it in the names of their hand-off tools. Where more is
-    lost than that, a part of the name's hash tells it from others.
-    """
-    if is_legal_id(name):
-        return name
-    spaced = re.sub(r"\s+", "_", name.strip())
-    if is_legal_id(spaced):
-        return spaced
-    mark = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
-    kept = _ILLEGAL.sub("_", spaced).lstrip("_-")[: LONGEST_AGENT_ID - len(mark) - 1] or "agent"
-    return f"{kept}-{mark}"
-
-
 def _positive(number: float, name: str) -> float:
     if not number > 0:
         raise ConfigurationError(f"{name}={number}: it must be more than 0")
     return number
-
-
-def _shortened(text: str, longest: int) -> str:
-    """Return a text, with the middle of a long one hashed."""
-    if len(text) <= longest:
-        return text
-    middle = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
-    kept = (longest - len(middle) - 2) // 2
-    return f"{text[:kept]}~{middle}~{text[-kept:]}"
-
-
-def _record_id(text: str) -> str:
-    return _shortened(_CONTROL.sub("_", plain_text(text)), RECORD_ID_LIMIT)
-
-
-def _is_graph_in_node(given: Mapping[str, Any]) -> bool:
-    """Tell whether what begins is a graph that a node calls: it begins at the node's namespace."""
-    namespace = given.get("langgraph_checkpoint_ns")
-    return bool(namespace) and given.get("checkpoint_ns") == namespace
-
-
-def _own_agent(given: Mapping[str, Any], inherited: str | None) -> str | None:
-    named = given.get("agent_id")
-    return None if named is None or named == inherited else legal_agent_id(str(named))
-
-
-def _graph_of(namespace: str) -> str:
-    """Return the namespace of the graph that a node is in: of the node that it is called from."""
-    parts = namespace.split("|")[:-1]
-    while parts and ":" not in parts[-1]:  # the number of a graph that one node calls repeatedly
-        parts.pop()
-    return "|".join(parts)
-
-
-def _commands(outputs: Any) -> Iterator[Command[Any]]:
-    for output in outputs if isinstance(outputs, list | tuple) else [outputs]:
-        if isinstance(output, Command):
-            yield output
-
-
-def _targets(command: Command[Any]) -> Iterator[str]:
-    for target in command.goto if isinstance(command.goto, list | tuple) else [command.goto]:
-        node = target.node if isinstance(target, Send) else target
-        if isinstance(node, str) and not node.startswith("__"):
-            yield node
-
-
-def _written(value: Any) -> Any:
-    """Return what a node or tool gave, with LangGraph's commands as mappings."""
-    if isinstance(value, Command):
-        parts = {name: getattr(value, name) for name in ("update", "resume", "goto")}
-        return {name: _written(v) for name, v in parts.items() if v is not None and v != ()}
-    if isinstance(value, Send):
-        return {"node": value.node, "arg": value.arg}
-    if isinstance(value, list | tuple) and any(isinstance(v, Command | Send) for v in value):
-        return [_written(v) for v in value]
-    return value
-
-
-def _interrupts(error: GraphInterrupt) -> Sequence[Any]:
-    found = error.args[0] if error.args else ()
-    return found if isinstance(found, list | tuple) else [found]
-
-
-def _told(error: BaseException) -> str:
-    try:
-        return f"{type(error).__name__}: {error}"[:TEXT]
-    except Exception:  # noqa: BLE001 - anybody's error may do anything when it is looked at
-        return type(error).__name__
-
-
-def _how(error: BaseException) -> str:
-    """Say how a run ended that did not return."""
-    if isinstance(error, GraphInterrupt):
-        return "waiting"
-    if isinstance(error, GraphBubbleUp):
-        return "handed_over"
-    return "raised" if isinstance(error, Exception) else "cancelled"
 
 
 _RECORDERS: "weakref.WeakSet[InteractionRecorder]" = weakref.WeakSet()
