@@ -235,7 +235,7 @@ class ContextRequestHandler:
             request.failed_agent_id,
             request.thread_id,
             key.effect_key,
-            intent_at=key.intent_at,
+            intent_at=_by_our_clock(key.intent_at, request),
             epoch=request.epoch,
         )
         return InDoubtAnswer(
@@ -252,6 +252,18 @@ class ContextRequestHandler:
         return InDoubtAnswer(
             effect_key=key.effect_key, agent_id=self.agent_id, verdict="cannot_tell"
         )
+
+
+def _by_our_clock(moment: datetime, request: ContextRequest) -> datetime:
+    """Return a moment of the asker's clock by ours, where ours is behind: what it sent has come.
+
+    A store that looks older than it is would deny what came before it was made.
+    """
+    behind = max(timedelta(), request.sent_at - datetime.now(UTC))
+    try:
+        return moment - behind
+    except OverflowError:
+        return datetime.min.replace(tzinfo=UTC)
 
 
 def _request(message: Mapping[str, Any]) -> ContextRequest:

@@ -350,6 +350,23 @@ def test_the_askers_epoch_the_intents_time_and_the_thread_decide(store: EventSto
     assert told_of(handler, **in_doubt("k")) == [("k", "not_seen", None)]
 
 
+def test_an_agent_whose_clock_is_behind_denies_only_what_its_store_is_old_enough_for(
+    store: EventStore,
+) -> None:
+    since = store.declare_receiver("inventory")
+    handler = ContextRequestHandler("inventory", store=store)
+    ahead = timedelta(hours=1)
+    asked = {"sent_at": datetime.now(UTC) + ahead}
+    before = in_doubt("before", intent_at=since + ahead / 2)  # as the asker's clock says it
+    assert told_of(handler, **asked, **before) == [("before", "cannot_tell", None)]
+    later = in_doubt("later", intent_at=since + ahead + timedelta(seconds=9))
+    assert told_of(handler, **asked, **later) == [("later", "not_seen", None)]
+    never = {"sent_at": datetime.max.replace(tzinfo=UTC)}
+    assert told_of(handler, **never, **in_doubt("never")) == [("never", "cannot_tell", None)]
+    behind = {"sent_at": datetime.now(UTC) - ahead}  # or long under way
+    assert told_of(handler, **behind, **in_doubt("now")) == [("now", "not_seen", None)]
+
+
 def test_an_agent_without_a_receiver_tells_what_it_recorded_and_denies_nothing(
     store: EventStore,
 ) -> None:
