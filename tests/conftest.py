@@ -19,6 +19,7 @@ from two_peers import Peers, two_peers
 from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.messaging.embedded_broker import EmbeddedBroker
 from langgraph_peerctx.persistence.event_store import EventStore
+from langgraph_peerctx.persistence.incidents import ControlDatabase
 
 # How long an example takes says more about the machine than about the code.
 hypothesis.settings.register_profile(
@@ -115,6 +116,29 @@ def embedded_settings(
     embedded_servers: str, settings_in_environment: Callable[..., PeerContextSettings]
 ) -> PeerContextSettings:
     return settings_in_environment(embedded_servers)
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PeerContextSettings:
+    """No broker, a control database of its own, and a heart that beats fast."""
+    monkeypatch.setenv("PEER_CONTEXT_MOCK_MODE", "always")
+    monkeypatch.setenv("PEER_CONTEXT_DATABASE_URL", f"sqlite:///{tmp_path}/control.db")
+    monkeypatch.setenv("PEER_CONTEXT_HEARTBEAT_INTERVAL_SECONDS", "0.05")
+    monkeypatch.setenv("PEER_CONTEXT_HEARTBEAT_PAUSE_SECONDS", "0.35")
+    return PeerContextSettings()
+
+
+@pytest.fixture
+def control(settings: PeerContextSettings) -> Iterator[ControlDatabase]:
+    with ControlDatabase(settings.control_url) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def _no_runtime_left(settings: PeerContextSettings) -> AsyncIterator[None]:
+    del settings
+    with no_runtime_left():
+        yield
 
 
 @pytest.fixture

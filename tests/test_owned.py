@@ -2,24 +2,20 @@
 
 import asyncio
 import logging
-import operator
 import threading
 import time
 import traceback
-from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import pytest
 from langgraph.checkpoint.memory import InMemorySaver
-from langgraph.graph import END, START, StateGraph
-from langgraph.types import Command, interrupt
-from runtime_threads import no_runtime_left
+from langgraph.graph import START, StateGraph
+from langgraph.types import Command
+from owning import AGENT, AT, THREAD, State, asks, newest, until, workflow
 from typing_extensions import TypedDict
 
 from langgraph_peerctx import background, effect
-from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.durability.admission import config_of, context_of, input_of
 from langgraph_peerctx.errors import (
     CheckpointerError,
@@ -31,49 +27,7 @@ from langgraph_peerctx.errors import (
 from langgraph_peerctx.owned import own_runs, owned
 from langgraph_peerctx.persistence.incidents import ControlDatabase
 
-AGENT, THREAD = "product-agent", "thread-1"
-AT: Any = {"configurable": {"thread_id": THREAD}}
-
-
-class State(TypedDict, total=False):
-    log: Annotated[list[str], operator.add]
-
-
-@pytest.fixture
-def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PeerContextSettings:
-    monkeypatch.setenv("PEER_CONTEXT_MOCK_MODE", "always")
-    monkeypatch.setenv("PEER_CONTEXT_DATABASE_URL", f"sqlite:///{tmp_path}/control.db")
-    monkeypatch.setenv("PEER_CONTEXT_HEARTBEAT_INTERVAL_SECONDS", "0.05")
-    monkeypatch.setenv("PEER_CONTEXT_HEARTBEAT_PAUSE_SECONDS", "0.35")
-    return PeerContextSettings()
-
-
-@pytest.fixture
-def control(settings: PeerContextSettings) -> Iterator[ControlDatabase]:
-    with ControlDatabase(settings.control_url) as opened:
-        yield opened
-
-
-@pytest.fixture(autouse=True)
-async def _no_runtime_left(settings: PeerContextSettings) -> AsyncIterator[None]:
-    del settings
-    with no_runtime_left():
-        yield
-        background.stop_kept_runtime()
-
-
-def workflow(second: Any = None, saver: Any = None, **more: Any) -> Any:
-    builder = StateGraph(State, **more)
-    builder.add_node("first", lambda _state: {"log": ["first"]})
-    builder.add_node("second", second or (lambda _state: {"log": ["second"]}))
-    builder.add_edge(START, "first")
-    builder.add_edge("first", "second")
-    builder.add_edge("second", END)
-    return builder.compile(checkpointer=saver or InMemorySaver(), name="launch")
-
-
-def newest(control: ControlDatabase) -> Any:
-    return control.newest_run(AGENT, THREAD)
+pytestmark = pytest.mark.usefixtures("_no_runtime_left")
 
 
 async def test_a_run_is_written_down_with_its_input_before_its_first_step(
@@ -208,10 +162,7 @@ async def test_what_is_open_when_the_process_leaves_is_handed_over(
 
 
 async def test_an_answer_goes_on_with_the_run_that_asked(control: ControlDatabase) -> None:
-    def second(_state: State) -> State:
-        return {"log": [interrupt("how many?")]}
-
-    app = workflow(second)
+    app = workflow(asks)
     async with owned(app, agent_id=AGENT, thread_id=THREAD) as run:
         asked = await run.ainvoke({"log": ["in"]})
         assert asked["__interrupt__"]
@@ -316,10 +267,7 @@ async def test_a_loop_that_is_stuck_loses_its_lease(
 
 
 def test_sync_code_does_the_same(control: ControlDatabase) -> None:
-    def second(_state: State) -> State:
-        return {"log": [interrupt("how many?")]}
-
-    app = own_runs(workflow(second), agent_id=AGENT)
+    app = own_runs(workflow(asks), agent_id=AGENT)
     app.invoke({"log": ["in"]}, AT)
     final = app.invoke(Command(resume="three"), AT)
     assert final["log"] == ["in", "first", "three"]
@@ -416,9 +364,7 @@ async def test_an_end_that_cannot_be_written_is_written_when_the_database_is_bac
         final = await run.ainvoke({"log": []})
         assert final["log"] == ["first", "second"], "its outcome counts more"
         assert newest(control).is_open
-        async with asyncio.timeout(10):
-            while newest(control).is_open:
-                await asyncio.sleep(0.05)
+        await until(lambda: not newest(control).is_open)
     assert newest(control).end_kind == "returned"
     assert "not written down yet" in caplog.text
 

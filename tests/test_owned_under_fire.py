@@ -1,57 +1,25 @@
 """Owned runs where two come at once, callers leave, and the database is away for a moment."""
 
 import asyncio
-import operator
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 from langgraph.checkpoint.memory import InMemorySaver
-from langgraph.graph import END, START, StateGraph
-from langgraph.types import Command, interrupt
-from runtime_threads import no_runtime_left
-from typing_extensions import TypedDict
+from langgraph.graph import START, StateGraph
+from langgraph.types import Command
+from owning import AGENT, AT, THREAD, State, asks, newest, until, workflow
 
 from langgraph_peerctx import background
-from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.durability.fenced_checkpointer import FencedCheckpointer
 from langgraph_peerctx.durability.ownership import Ownership
 from langgraph_peerctx.errors import StoreBusyError, StoreError, ThreadBusyError
 from langgraph_peerctx.owned import own_runs
 from langgraph_peerctx.persistence.incidents import ControlDatabase
 
-AGENT, THREAD = "product-agent", "thread-1"
-AT: Any = {"configurable": {"thread_id": THREAD}}
-
-
-class State(TypedDict, total=False):
-    log: Annotated[list[str], operator.add]
-
-
-@pytest.fixture
-def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PeerContextSettings:
-    monkeypatch.setenv("PEER_CONTEXT_MOCK_MODE", "always")
-    monkeypatch.setenv("PEER_CONTEXT_DATABASE_URL", f"sqlite:///{tmp_path}/control.db")
-    monkeypatch.setenv("PEER_CONTEXT_HEARTBEAT_INTERVAL_SECONDS", "0.05")
-    monkeypatch.setenv("PEER_CONTEXT_HEARTBEAT_PAUSE_SECONDS", "0.35")
-    return PeerContextSettings()
-
-
-@pytest.fixture
-def control(settings: PeerContextSettings) -> Iterator[ControlDatabase]:
-    with ControlDatabase(settings.control_url) as opened:
-        yield opened
-
-
-@pytest.fixture(autouse=True)
-async def _no_runtime_left(settings: PeerContextSettings) -> AsyncIterator[None]:
-    del settings
-    with no_runtime_left():
-        yield
-        background.stop_kept_runtime()
+pytestmark = pytest.mark.usefixtures("_no_runtime_left")
 
 
 @pytest.fixture
@@ -61,20 +29,6 @@ async def ownership(_no_runtime_left: None) -> AsyncIterator[Ownership]:
     lease = background.lease()
     yield await (await lease.aruntime()).own()
     await lease.arelease()
-
-
-def workflow(second: Any = None, saver: Any = None) -> Any:
-    builder = StateGraph(State)
-    builder.add_node("first", lambda _state: {"log": ["first"]})
-    builder.add_node("second", second or (lambda _state: {"log": ["second"]}))
-    builder.add_edge(START, "first")
-    builder.add_edge("first", "second")
-    builder.add_edge("second", END)
-    return builder.compile(checkpointer=saver or InMemorySaver(), name="launch")
-
-
-def asks(_state: State) -> State:
-    return {"log": [interrupt("how many?")]}
 
 
 class Gate:
@@ -89,16 +43,6 @@ class Gate:
         async with asyncio.timeout(5):
             await self.opened.wait()
         return {"log": ["second"]}
-
-
-def newest(control: ControlDatabase) -> Any:
-    return control.newest_run(AGENT, THREAD)
-
-
-async def until(is_so: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not is_so():
-            await asyncio.sleep(0.02)
 
 
 # Two at once

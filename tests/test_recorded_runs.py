@@ -1,6 +1,6 @@
 """Owned runs are recorded by whoever is named: for the run, or for the process."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,40 +8,26 @@ import pytest
 from langchain_core.callbacks import BaseCallbackHandler
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import END, START, StateGraph
-from runtime_threads import no_runtime_left
+from owning import AGENT, AT, THREAD, new_run
 from typing_extensions import TypedDict
 
 from langgraph_peerctx import (
     EventStore,
     InteractionRecorder,
     PeerContextSettings,
-    background,
     own_runs,
     owned,
     peer_context_lifespan,
     recover_and_resume_workflow_async,
 )
-from langgraph_peerctx.durability.admission import packed
 from langgraph_peerctx.persistence.incidents import ControlDatabase
-from langgraph_peerctx.persistence.runs import NewRun, Owner, RunInput
+from langgraph_peerctx.persistence.runs import Owner
 
-AGENT, THREAD = "product-agent", "thread-1"
-AT: Any = {"configurable": {"thread_id": THREAD}}
+pytestmark = pytest.mark.usefixtures("_no_runtime_left")
 
 
 class State(TypedDict, total=False):
     topic: str
-
-
-@pytest.fixture(autouse=True)
-async def settings(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[PeerContextSettings]:
-    monkeypatch.setenv("PEER_CONTEXT_MOCK_MODE", "always")
-    monkeypatch.setenv("PEER_CONTEXT_DATABASE_URL", f"sqlite:///{tmp_path}/control.db")
-    with no_runtime_left():
-        yield PeerContextSettings()
-        background.stop_kept_runtime()
 
 
 @pytest.fixture
@@ -128,13 +114,7 @@ async def test_a_recovered_run_is_recorded(
     app = workflow()
     with ControlDatabase(settings.control_url) as control:
         control.admit(
-            NewRun(
-                run_id="r1",
-                agent_id=AGENT,
-                thread_id=THREAD,
-                workflow="launch",
-                given=RunInput(value=packed(app, {"topic": "umbrella"}, name="input")),
-            ),
+            new_run(app, {"topic": "umbrella"}),
             Owner(owner_id="ghost", incarnation="ghost", ttl_seconds=0.001),
         )
     async with peer_context_lifespan(recorders=[recorder]):

@@ -5,13 +5,15 @@ import operator
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import owning
 import pytest
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import END, START, StateGraph
-from runtime_threads import no_runtime_left
+from owning import AGENT, AT, GHOST, THREAD, new_run, settled
 
 from langgraph_peerctx import (
     AgentReconstructor,
@@ -25,7 +27,6 @@ from langgraph_peerctx import (
 from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.durability.admission import (
     digest_of,
-    packed,
     packed_config,
     packed_input,
 )
@@ -37,16 +38,15 @@ from langgraph_peerctx.nodes.state import PeerContextState
 from langgraph_peerctx.owned import own_runs
 from langgraph_peerctx.persistence.effect_ledger import NewEffect
 from langgraph_peerctx.persistence.event_store import EventStore, record_interaction
-from langgraph_peerctx.persistence.incidents import ControlDatabase, Incident
-from langgraph_peerctx.persistence.runs import NewRun, Owner, RunInput
+from langgraph_peerctx.persistence.incidents import ControlDatabase
+from langgraph_peerctx.persistence.runs import RunInput
 from langgraph_peerctx.protocol.tickets import EffectTicket
 from langgraph_peerctx.reconstruction.answering import aanswer_recovery
 from langgraph_peerctx.reconstruction.recovery import recover_and_resume_workflow_async
 from langgraph_peerctx.reconstruction.supervisor import RecoverySupervisor
 
-AGENT, THREAD, PEER = "product-agent", "thread-1", "inventory-agent"
-AT: Any = {"configurable": {"thread_id": THREAD}}
-GHOST = Owner(owner_id="ghost", incarnation="ghost-1", ttl_seconds=0.01)
+PEER = "inventory-agent"
+pytestmark = pytest.mark.usefixtures("_no_runtime_left")
 
 
 class State(PeerContextState, total=False):
@@ -59,30 +59,11 @@ class KilledError(BaseException):
 
 @pytest.fixture
 def settings(
-    embedded_settings: PeerContextSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings_on_broker: PeerContextSettings, monkeypatch: pytest.MonkeyPatch
 ) -> PeerContextSettings:
-    del embedded_settings
-    monkeypatch.setenv("PEER_CONTEXT_CONTROL_DATABASE_URL", f"sqlite:///{tmp_path}/control.db")
-    monkeypatch.setenv("PEER_CONTEXT_HEARTBEAT_INTERVAL_SECONDS", "0.1")
-    monkeypatch.setenv("PEER_CONTEXT_HEARTBEAT_PAUSE_SECONDS", "0.4")
-    monkeypatch.setenv("PEER_CONTEXT_SWEEP_SECONDS", "0.5")
+    del settings_on_broker
     monkeypatch.setenv("PEER_CONTEXT_TIMEOUT_SECONDS", "0.6")
-    monkeypatch.setenv("KAFKA_PRESENCE_TOPIC", f"presence.{tmp_path.name}"[:100])
     return PeerContextSettings()
-
-
-@pytest.fixture
-def control(settings: PeerContextSettings) -> Iterator[ControlDatabase]:
-    with ControlDatabase(settings.control_url) as opened:
-        yield opened
-
-
-@pytest.fixture(autouse=True)
-async def _no_runtime_left(settings: PeerContextSettings) -> AsyncIterator[None]:
-    del settings
-    with no_runtime_left():
-        yield
-        background.stop_kept_runtime()
 
 
 class Peer:
@@ -167,18 +148,8 @@ def workflow(peer: Peer, /, **terms: Any) -> Any:
 
 async def lose(control: ControlDatabase, app: Any, *, run_id: str = "r1") -> None:
     """Run it as a process that dies in its effect."""
-    lease = control.admit(
-        NewRun(
-            run_id=run_id,
-            agent_id=AGENT,
-            thread_id=THREAD,
-            workflow="launch",
-            durability="sync",
-            given=RunInput(value=packed(app, {"log": ["in"]}, name="input")),
-            config=packed_config(app, {}),
-        ),
-        GHOST,
-    )
+    run = new_run(app, run_id=run_id, durability="sync", config=packed_config(app, {}))
+    lease = control.admit(run, GHOST)
     about = About(
         agent_id=AGENT,
         thread_id=THREAD,
@@ -190,16 +161,6 @@ async def lose(control: ControlDatabase, app: Any, *, run_id: str = "r1") -> Non
     place = effects.go_along({**AT, "metadata": {"run_id": run_id}})
     with pytest.raises(KilledError):
         await app.ainvoke({"log": ["in"]}, place, durability="sync")
-
-
-async def settled(control: ControlDatabase, *statuses: str, within: float = 20) -> Incident:
-    deadline = time.monotonic() + within
-    while True:
-        incident = control.incident_of(AGENT, THREAD)
-        if incident is not None and incident.status in (statuses or ("recovered",)):
-            return incident
-        assert time.monotonic() < deadline, incident
-        await asyncio.sleep(0.02)
 
 
 async def log_of(app: Any) -> Any:
@@ -673,13 +634,7 @@ def two_orders(peer: Peer, other: Any) -> Any:
     async def second(_: State) -> Any:
         return {"log": [await effect("second", other, peer="silent-agent")]}
 
-    builder = StateGraph(State)
-    builder.add_node("first", first)
-    builder.add_node("second", second)
-    builder.add_edge(START, "first")
-    builder.add_edge("first", "second")
-    builder.add_edge("second", END)
-    return builder.compile(checkpointer=InMemorySaver(), name="launch")
+    return owning.workflow(second, first=first, state=State)
 
 
 @pytest.mark.parametrize("answer", [True, False])
@@ -874,16 +829,7 @@ async def test_a_redacted_run_is_begun_with_what_the_caller_gives(
 ) -> None:
     app = workflow(peer)
     given = packed_input(app, {"log": ["secret"]}, lambda _: {"log": ["***"]})
-    control.admit(
-        NewRun(
-            run_id="r1",
-            agent_id=AGENT,
-            thread_id=THREAD,
-            workflow="launch",
-            given=RunInput(value=given),
-        ),
-        GHOST,
-    )
+    control.admit(replace(new_run(app), given=RunInput(value=given)), GHOST)
     async with RecoverySupervisor({"launch": app}):
         incident = await settled(control, "dead_letter")
     assert incident.result is not None

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import pytest
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, StateGraph
+from owning import AGENT, AT, THREAD
 from reconstruction.fake_runtime import FakeRuntime, context, interaction
 from reconstruction.injections import PAYLOADS
 from reconstruction.obedient import Obedient, Scripted
@@ -17,9 +18,6 @@ from langgraph_peerctx.reconstruction.reconstructor import (
     recover_and_resume_workflow_async,
 )
 from langgraph_peerctx.reconstruction.recovery_graph import create_recovery_graph
-
-AGENT, THREAD = "product-agent", "thread-1"
-AT: Any = {"configurable": {"thread_id": THREAD}}
 
 
 class State(PeerContextState, total=False):

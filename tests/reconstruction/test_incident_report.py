@@ -1,53 +1,35 @@
 """What is left of a recovery: its times, with the incident, and one trace from end to end."""
 
-import asyncio
-import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import owning
 import pytest
-from langgraph.checkpoint.memory import InMemorySaver
-from langgraph.graph import END, START, StateGraph
+from owning import AGENT, GHOST, THREAD, new_run, settled
 from runtime_threads import no_runtime_left
 from spans import Spans, id_of, links_of, parent_of, trace_of, tracing_on
 
 from langgraph_peerctx import background
 from langgraph_peerctx.config import PeerContextSettings
-from langgraph_peerctx.durability.admission import packed
 from langgraph_peerctx.messaging.agent_context_service import AgentContextService
 from langgraph_peerctx.nodes.state import PeerContextState
 from langgraph_peerctx.persistence.event_store import EventStore, record_interaction
 from langgraph_peerctx.persistence.incidents import ControlDatabase, Incident
-from langgraph_peerctx.persistence.runs import NewRun, Owner, RunInput
 from langgraph_peerctx.reconstruction.explaining import explain
 from langgraph_peerctx.reconstruction.recovery import recover_and_resume_workflow_async
 from langgraph_peerctx.reconstruction.report import moment_of
 from langgraph_peerctx.reconstruction.supervisor import RecoverySupervisor
 from langgraph_peerctx.tracing import span
 
-AGENT, THREAD = "product-agent", "thread-1"
-GHOST = Owner(owner_id="ghost", incarnation="ghost-1", ttl_seconds=0.01)
-
 
 @pytest.fixture
 def settings(
-    embedded_settings: PeerContextSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings_on_broker: PeerContextSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> PeerContextSettings:
-    del embedded_settings
-    monkeypatch.setenv("PEER_CONTEXT_CONTROL_DATABASE_URL", f"sqlite:///{tmp_path}/control.db")
-    monkeypatch.setenv("PEER_CONTEXT_HEARTBEAT_INTERVAL_SECONDS", "0.1")
-    monkeypatch.setenv("PEER_CONTEXT_HEARTBEAT_PAUSE_SECONDS", "0.4")
-    monkeypatch.setenv("PEER_CONTEXT_SWEEP_SECONDS", "0.5")
-    monkeypatch.setenv("KAFKA_PRESENCE_TOPIC", f"presence.{tmp_path.name}"[:100])
+    del settings_on_broker
     monkeypatch.setenv("KAFKA_CONTEXT_REQUEST_TOPIC", f"request.{tmp_path.name}"[:100])
     return PeerContextSettings()
-
-
-@pytest.fixture
-def control(settings: PeerContextSettings) -> Iterator[ControlDatabase]:
-    with ControlDatabase(settings.control_url) as opened:
-        yield opened
 
 
 @pytest.fixture
@@ -80,39 +62,16 @@ def workflow() -> Any:
         with span("the workflow's own"):
             return {}
 
-    builder = StateGraph(PeerContextState)
-    builder.add_node("first", lambda _: {})
-    builder.add_node("second", second)
-    builder.add_edge(START, "first")
-    builder.add_edge("first", "second")
-    builder.add_edge("second", END)
-    return builder.compile(checkpointer=InMemorySaver(), name="launch")
+    return owning.workflow(second, first=lambda _: {}, state=PeerContextState)
 
 
 def lose(control: ControlDatabase, app: Any, traceparent: str | None = None) -> None:
-    given = RunInput(value=packed(app, {}, name="input"))
-    control.admit(
-        NewRun(
-            run_id="r1",
-            agent_id=AGENT,
-            thread_id=THREAD,
-            workflow="launch",
-            given=given,
-            traceparent=traceparent,
-        ),
-        GHOST,
-    )
+    control.admit(new_run(app, {}, traceparent=traceparent), GHOST)
 
 
 async def recovered(control: ControlDatabase, app: Any) -> Incident:
-    deadline = time.monotonic() + 20
     async with RecoverySupervisor({"launch": app}):
-        while time.monotonic() < deadline:
-            incident = control.incident_of(AGENT, THREAD)
-            if incident is not None and incident.status == "recovered":
-                return incident
-            await asyncio.sleep(0.02)
-    raise AssertionError(control.incident_of(AGENT, THREAD))
+        return await settled(control)
 
 
 async def test_the_report_of_an_incident_has_its_times(control: ControlDatabase) -> None:

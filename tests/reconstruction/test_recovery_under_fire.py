@@ -1,28 +1,28 @@
 """Recoveries where something else goes wrong too, and of runs that are not the usual kind."""
 
 import asyncio
-import operator
 import sqlite3
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import pytest
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import CheckpointTuple
 from langgraph.checkpoint.memory import InMemorySaver
-from langgraph.graph import END, START, StateGraph
+from langgraph.graph import START, StateGraph
 from langgraph.runtime import Runtime
 from langgraph.types import Command, interrupt
-from runtime_threads import no_runtime_left
+from owning import AGENT, AT, GHOST, IN, THREAD, State, asks, new_run, newest, until, workflow
 from sqlalchemy.exc import OperationalError
 from typing_extensions import TypedDict
 
 from langgraph_peerctx import background
 from langgraph_peerctx.config import PeerContextSettings
-from langgraph_peerctx.durability.admission import packed, packed_config
+from langgraph_peerctx.durability.admission import packed_config
 from langgraph_peerctx.durability.fenced_checkpointer import FencedCheckpointer
 from langgraph_peerctx.durability.ownership import Ownership
 from langgraph_peerctx.errors import (
@@ -40,14 +40,11 @@ from langgraph_peerctx.reconstruction.recoverer import Recoverer, SupervisedWork
 from langgraph_peerctx.reconstruction.recovery import standing_of
 from langgraph_peerctx.reconstruction.supervisor import RecoverySupervisor
 
-AGENT, THREAD = "product-agent", "thread-1"
-AT: Any = {"configurable": {"thread_id": THREAD}}
-GHOST = Owner(owner_id="ghost", incarnation="ghost-1", ttl_seconds=0.01)
-IN: Any = {"log": ["in"]}
+new = partial(new_run, durability="sync")
+pytestmark = pytest.mark.usefixtures("_no_runtime_left")
 
 
-class State(TypedDict, total=False):
-    log: Annotated[list[str], operator.add]
+class Anything(State, total=False):
     anything: Any
 
 
@@ -56,28 +53,10 @@ class Context(TypedDict):
 
 
 @pytest.fixture
-def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PeerContextSettings:
-    monkeypatch.setenv("PEER_CONTEXT_MOCK_MODE", "always")
-    monkeypatch.setenv("PEER_CONTEXT_DATABASE_URL", f"sqlite:///{tmp_path}/control.db")
-    monkeypatch.setenv("PEER_CONTEXT_CONTROL_DATABASE_URL", f"sqlite:///{tmp_path}/control.db")
-    monkeypatch.setenv("PEER_CONTEXT_HEARTBEAT_INTERVAL_SECONDS", "0.05")
-    monkeypatch.setenv("PEER_CONTEXT_HEARTBEAT_PAUSE_SECONDS", "0.35")
+def settings(settings: PeerContextSettings, monkeypatch: pytest.MonkeyPatch) -> PeerContextSettings:
+    monkeypatch.setenv("PEER_CONTEXT_CONTROL_DATABASE_URL", settings.control_url)
     monkeypatch.setenv("PEER_CONTEXT_SWEEP_SECONDS", "0.5")
     return PeerContextSettings()
-
-
-@pytest.fixture
-def control(settings: PeerContextSettings) -> Iterator[ControlDatabase]:
-    with ControlDatabase(settings.control_url) as opened:
-        yield opened
-
-
-@pytest.fixture(autouse=True)
-async def _no_runtime_left(settings: PeerContextSettings) -> AsyncIterator[None]:
-    del settings
-    with no_runtime_left():
-        yield
-        background.stop_kept_runtime()
 
 
 @asynccontextmanager
@@ -101,20 +80,6 @@ def by_itself(app: Any) -> SupervisedWorkflow:
     return SupervisedWorkflow(workflow=app, use_peer_context=False)
 
 
-def workflow(second: Any = None, saver: Any = None, first: Any = None, **more: Any) -> Any:
-    builder = StateGraph(State, **more)
-    builder.add_node("first", first or (lambda _state: {"log": ["first"]}))
-    builder.add_node("second", second or (lambda _state: {"log": ["second"]}))
-    builder.add_edge(START, "first")
-    builder.add_edge("first", "second")
-    builder.add_edge("second", END)
-    return builder.compile(checkpointer=saver or InMemorySaver(), name="launch")
-
-
-def asks(_state: Any) -> Any:
-    return {"log": [interrupt("how many?")]}
-
-
 def crashes_once(node: Callable[..., Any]) -> Callable[..., Any]:
     """A node that at first leaves what a crash leaves: an open run, and no trace of the step."""
     seen: list[bool] = []
@@ -128,39 +93,16 @@ def crashes_once(node: Callable[..., Any]) -> Callable[..., Any]:
     return crashing
 
 
-def new(app: Any, given: Any = IN, **more: Any) -> NewRun:
-    """Return a run to be admitted, or an answer."""
-    value = packed(app, given, name="input")
-    fields: dict[str, Any] = {
-        "run_id": "r1",
-        "thread_id": THREAD,
-        "workflow": "launch",
-        "durability": "sync",
-        "given": RunInput(value=value, checkpoint_id=more.pop("checkpoint_id", None)),
-    }
-    return NewRun(agent_id=AGENT, **(fields | more))
-
-
 async def lose(control: ControlDatabase, run: NewRun, *, goes_on: bool = False) -> None:
     """Admit a run as a process that dies at once."""
     (control.reopen if goes_on else control.admit)(run, GHOST)
     await asyncio.sleep(0.03)
 
 
-def newest(control: ControlDatabase) -> Any:
-    return control.newest_run(AGENT, THREAD)
-
-
 def incident_of(control: ControlDatabase) -> Incident:
     incident = control.incident_of(AGENT, THREAD)
     assert incident is not None
     return incident
-
-
-async def until(is_so: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not is_so():
-            await asyncio.sleep(0.02)
 
 
 # What a run was given
@@ -433,7 +375,7 @@ def deep() -> Any:
 async def test_whatever_the_state_holds_a_recovery_is_settled_and_shows_it(
     control: ControlDatabase, value: Any, is_shown: Callable[[Any], bool]
 ) -> None:
-    app = workflow(lambda _state: {"anything": value})
+    app = workflow(lambda _state: {"anything": value}, state=Anything)
     await lose(control, new(app))
     assert (await recovered(app))["status"] == "restarted"
     assert (incident_of(control).status, newest(control).end_kind) == ("recovered", "returned")

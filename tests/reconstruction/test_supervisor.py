@@ -1,31 +1,28 @@
 """Lost runs are brought to their end, whatever their threads look like; on a broker of our own."""
 
 import asyncio
-import operator
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
-from typing import Annotated, Any
+from functools import partial
+from typing import Any
 
+import owning
 import pytest
 from langchain_core.runnables import RunnableConfig
-from langgraph.checkpoint.memory import InMemorySaver
-from langgraph.graph import END, START, StateGraph
 from langgraph.runtime import Runtime
 from langgraph.types import Command, interrupt
-from runtime_threads import no_runtime_left
+from owning import AGENT, AT, GHOST, IN, THREAD, asks, new_run, settled, until
+from reconstruction.workflows import State
 from typing_extensions import TypedDict
 
-from langgraph_peerctx import background
 from langgraph_peerctx.config import PeerContextSettings
-from langgraph_peerctx.durability.admission import packed, packed_config, packed_context
+from langgraph_peerctx.durability.admission import packed_config, packed_context
 from langgraph_peerctx.errors import CheckpointerError, ConfigurationError, StoreError
 from langgraph_peerctx.lifecycle import peer_context_lifespan
-from langgraph_peerctx.nodes.state import PeerContextState
 from langgraph_peerctx.owned import own_runs
-from langgraph_peerctx.persistence.incidents import ControlDatabase, Incident
-from langgraph_peerctx.persistence.runs import NewRun, Owner, RunInput
+from langgraph_peerctx.persistence.incidents import ControlDatabase
+from langgraph_peerctx.persistence.runs import Owner
 from langgraph_peerctx.reconstruction.answering import aanswer_recovery
 from langgraph_peerctx.reconstruction.reconstructor import recover_and_resume_workflow_async
 from langgraph_peerctx.reconstruction.recoverer import RECOVERY_THREAD, SupervisedWorkflow
@@ -35,50 +32,13 @@ from langgraph_peerctx.reconstruction.supervisor import (
     place_in_line,
 )
 
-AGENT, THREAD = "product-agent", "thread-1"
-AT: Any = {"configurable": {"thread_id": THREAD}}
-GHOST = Owner(owner_id="ghost", incarnation="ghost-1", ttl_seconds=0.01)
-
-
-class State(PeerContextState, total=False):
-    log: Annotated[list[str], operator.add]
+workflow = partial(owning.workflow, state=State)
+pytestmark = pytest.mark.usefixtures("_no_runtime_left")
 
 
 @pytest.fixture
-def settings(
-    embedded_settings: PeerContextSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> PeerContextSettings:
-    del embedded_settings
-    monkeypatch.setenv("PEER_CONTEXT_CONTROL_DATABASE_URL", f"sqlite:///{tmp_path}/control.db")
-    monkeypatch.setenv("PEER_CONTEXT_HEARTBEAT_INTERVAL_SECONDS", "0.1")
-    monkeypatch.setenv("PEER_CONTEXT_HEARTBEAT_PAUSE_SECONDS", "0.4")
-    monkeypatch.setenv("PEER_CONTEXT_SWEEP_SECONDS", "0.5")
-    monkeypatch.setenv("KAFKA_PRESENCE_TOPIC", f"presence.{tmp_path.name}"[:100])
-    return PeerContextSettings()
-
-
-@pytest.fixture
-def control(settings: PeerContextSettings) -> Iterator[ControlDatabase]:
-    with ControlDatabase(settings.control_url) as opened:
-        yield opened
-
-
-@pytest.fixture(autouse=True)
-async def _no_runtime_left(settings: PeerContextSettings) -> AsyncIterator[None]:
-    del settings
-    with no_runtime_left():
-        yield
-        background.stop_kept_runtime()
-
-
-def workflow(second: Any = None, **more: Any) -> Any:
-    builder = StateGraph(State, **more)
-    builder.add_node("first", lambda _state: {"log": ["first"]})
-    builder.add_node("second", second or (lambda _state: {"log": ["second"]}))
-    builder.add_edge(START, "first")
-    builder.add_edge("first", "second")
-    builder.add_edge("second", END)
-    return builder.compile(checkpointer=InMemorySaver(), name="launch")
+def settings(settings_on_broker: PeerContextSettings) -> PeerContextSettings:
+    return settings_on_broker
 
 
 class DiedError(Exception):
@@ -86,30 +46,23 @@ class DiedError(Exception):
 
 
 async def lose(
-    control: ControlDatabase, app: Any, given: Any = None, *, run_id: str = "r1", **more: Any
+    control: ControlDatabase,
+    app: Any,
+    given: Any = IN,
+    *,
+    runs: bool = False,
+    config: RunnableConfig | None = None,
+    context: Any = None,
+    **more: Any,
 ) -> None:
     """Admit a run as a process that died at once; with `runs`, it died in its second node."""
-    runs, context = more.pop("runs", False), more.pop("context", None)
-    config: RunnableConfig = more.pop("config", {})
-    value = {"log": ["in"]} if given is None else given
-    control.admit(
-        NewRun(
-            run_id=run_id,
-            agent_id=AGENT,
-            thread_id=THREAD,
-            workflow=more.pop("workflow", "launch"),
-            durability=more.pop("durability", "sync"),
-            given=RunInput(value=packed(app, value, name="input")),
-            config=packed_config(app, config),
-            context=packed_context(app, context),
-        ),
-        GHOST,
-    )
+    kept = {"config": packed_config(app, config or {}), "context": packed_context(app, context)}
+    run = new_run(app, given, **({"durability": "sync"} | kept | more))
+    control.admit(run, GHOST)
     if runs:
+        place = {**AT, "metadata": {"run_id": run.run_id}}
         with pytest.raises(DiedError):
-            await app.ainvoke(
-                value, {**AT, "metadata": {"run_id": run_id}}, durability="sync", context=context
-            )
+            await app.ainvoke(given, place, durability="sync", context=context)
 
 
 def dies_once(then: Any = None) -> Callable[[Any], Any]:
@@ -129,16 +82,6 @@ def dies_once(then: Any = None) -> Callable[[Any], Any]:
 async def supervising(app: Any, **more: Any) -> AsyncIterator[RecoverySupervisor]:
     async with RecoverySupervisor({"launch": app}, **more) as supervisor:
         yield supervisor
-
-
-async def settled(control: ControlDatabase, *statuses: str, within: float = 20) -> Incident:
-    deadline = time.monotonic() + within
-    while True:
-        incident = control.incident_of(AGENT, THREAD)
-        if incident is not None and incident.status in (statuses or ("recovered",)):
-            return incident
-        assert time.monotonic() < deadline, incident
-        await asyncio.sleep(0.02)
 
 
 async def test_a_run_killed_before_its_first_checkpoint_is_begun_from_its_admission(
@@ -207,10 +150,6 @@ async def test_a_run_that_finished_and_could_not_say_so_is_not_run_again(
     assert (await app.aget_state(AT)).values["log"] == ["in", "first", "second"]
 
 
-def asks(_state: Any) -> Any:
-    return {"log": [interrupt("how many?")]}
-
-
 async def test_a_run_that_waits_for_its_human_is_left_to_wait(control: ControlDatabase) -> None:
     app = workflow(asks)
     await lose(control, app)
@@ -229,26 +168,13 @@ async def test_a_run_that_waits_for_its_human_is_left_to_wait(control: ControlDa
 async def answered(control: ControlDatabase, app: Any, answer: Any) -> str:
     """Admit an answer as a process that died; return where the thread stood."""
     head = (await app.aget_state(AT)).config["configurable"]["checkpoint_id"]
-    given = RunInput(value=packed(app, answer, name="input"), checkpoint_id=head)
-    control.reopen(
-        NewRun(run_id="r1", agent_id=AGENT, thread_id=THREAD, workflow="launch", given=given),
-        GHOST,
-    )
+    control.reopen(new_run(app, answer, checkpoint_id=head), GHOST)
     return str(head)
 
 
 async def asked(control: ControlDatabase, app: Any) -> None:
     """Bring a run to its question, in an orderly way."""
-    lease = control.admit(
-        NewRun(
-            run_id="r1",
-            agent_id=AGENT,
-            thread_id=THREAD,
-            workflow="launch",
-            given=RunInput(value=packed(app, {"log": ["in"]}, name="input")),
-        ),
-        GHOST,
-    )
+    lease = control.admit(new_run(app), GHOST)
     await app.ainvoke({"log": ["in"]}, {**AT, "metadata": {"run_id": "r1"}}, durability="sync")
     control.end(lease, "r1", "returned")
 
@@ -306,9 +232,7 @@ async def test_a_context_is_what_the_run_kept_or_what_a_factory_makes(
         return {"tenant": f"made for {run.run_id}"}
 
     async with supervising(SupervisedWorkflow(workflow=app, context_factory=make)):
-        async with asyncio.timeout(20):
-            while len(seen) < 2:
-                await asyncio.sleep(0.02)
+        await until(lambda: len(seen) == 2)
     assert seen == [{"tenant": "kept"}, {"tenant": "made for r2"}]
 
 
@@ -472,18 +396,9 @@ async def test_no_more_recoveries_at_once_than_are_allowed(
 
     app = workflow(second)
     for number in range(5):
-        run = NewRun(
-            run_id=f"r{number}",
-            agent_id=AGENT,
-            thread_id=f"t{number}",
-            workflow="launch",
-            given=RunInput(value=packed(app, {"log": ["in"]}, name="input")),
-        )
-        control.admit(run, GHOST)
+        control.admit(new_run(app, run_id=f"r{number}", thread_id=f"t{number}"), GHOST)
     async with supervising(app):
-        async with asyncio.timeout(20):
-            while len(control.all_incidents(status="recovered")) < 5:
-                await asyncio.sleep(0.05)
+        await until(lambda: len(control.all_incidents(status="recovered")) == 5)
     assert most == 2
 
 
@@ -522,11 +437,7 @@ async def test_recovered_by_hand_while_its_process_holds_its_lease_it_is_unreach
 ) -> None:
     app = workflow()
     alive = Owner(owner_id="alive", incarnation="a", ttl_seconds=60)
-    given = RunInput(value=packed(app, {"log": ["in"]}, name="input"))
-    control.admit(
-        NewRun(run_id="r1", agent_id=AGENT, thread_id=THREAD, workflow="launch", given=given),
-        alive,
-    )
+    control.admit(new_run(app), alive)
     result = await recover_and_resume_workflow_async(
         workflow=app, agent_id=AGENT, thread_id=THREAD, peer_context_timeout=0.2
     )
