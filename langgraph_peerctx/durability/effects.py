@@ -230,7 +230,8 @@ class _Terms:
             if_unknown=self.if_unknown,
             has_check=self.check is not None,
         )
-        return _effect(run, new, self, partial(call, *arguments, **named))
+        forget = partial(run.forget_name, namespace, name)
+        return _effect(run, new, self, partial(call, *arguments, **named), forget)
 
 
 def _exceptions(given: Sequence[type[BaseException]]) -> tuple[type[BaseException], ...]:
@@ -429,14 +430,32 @@ async def _later(doing: _Doing) -> JsonValue:
             return outcome
 
 
-def _effect(run: RunEffects, new: NewEffect, terms: _Terms, call: Callable[[], Any]) -> _Doing:
-    """Do an effect, unless it was done; alone, as far as this process goes."""
-    while (other := run.take_turn(new)) is not None:
-        yield _Wait(other, new.name)
+def _effect(
+    run: RunEffects,
+    new: NewEffect,
+    terms: _Terms,
+    call: Callable[[], Any],
+    forget: Callable[[], None],
+) -> _Doing:
+    """Do an effect, unless it was done; alone, as far as this process goes.
+
+    Args:
+        run: The run's effects.
+        new: The effect.
+        terms: How it was asked for.
+        call: What does it.
+        forget: Lets its node try it again: the ledger knows what came of the first try.
+    """
     try:
-        return (yield from _alone(run, new, terms, call))
-    finally:
-        run.end_turn(new)
+        while (other := run.take_turn(new)) is not None:
+            yield _Wait(other, new.name)
+        try:
+            return (yield from _alone(run, new, terms, call))
+        finally:
+            run.end_turn(new)
+    except BaseException:
+        forget()
+        raise
 
 
 def _alone(run: RunEffects, new: NewEffect, terms: _Terms, call: Callable[[], Any]) -> _Doing:

@@ -179,7 +179,7 @@ class InteractionRecorder(GraphCallbackHandler):
             else:
                 self._run_began(run_id, given, inputs)
             return
-        execution = self._positions.began(run_id, given)
+        execution = self._positions.began(run_id, given, parent_run_id)
         if execution is not None:
             self._node_began(run_id, around, given, execution, inputs)
         else:
@@ -210,7 +210,7 @@ class InteractionRecorder(GraphCallbackHandler):
             StoreError: If errors are raised, and the store failed.
         """
         del kwargs
-        call, is_node = self._ended(run_id)
+        call, is_node = self._ended(run_id, has_failed=True)
         if call is None:
             return
         if call.run.root == run_id:
@@ -396,10 +396,10 @@ class InteractionRecorder(GraphCallbackHandler):
             call.run.calls.discard(run_id)
         return call
 
-    def _ended(self, run_id: UUID) -> tuple[Call | None, bool]:
+    def _ended(self, run_id: UUID, *, has_failed: bool = False) -> tuple[Call | None, bool]:
         """Return what has ended, and whether it is a node."""
         call = self._left(run_id)
-        namespace = self._positions.ended(run_id)
+        namespace = self._positions.ended(run_id, has_failed=has_failed)
         if namespace is None or call is None or call.run.root == run_id:
             return call, False
         self._frames.pop(namespace, None)

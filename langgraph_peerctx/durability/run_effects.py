@@ -123,12 +123,13 @@ class RunEffects(BaseCallbackHandler):
         inputs: Mapping[str, Any] | Any,
         *,
         run_id: UUID,
+        parent_run_id: UUID | None = None,
         metadata: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         """See `BaseCallbackHandler`."""
         del serialized, inputs, kwargs
-        self._positions.began(run_id, metadata)
+        self._positions.began(run_id, metadata, parent_run_id)
 
     def on_chain_end(
         self, outputs: Mapping[str, Any] | Any, *, run_id: UUID, **kwargs: Any
@@ -140,7 +141,7 @@ class RunEffects(BaseCallbackHandler):
     def on_chain_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
         """See `BaseCallbackHandler`."""
         del error, kwargs
-        self._positions.ended(run_id)
+        self._positions.ended(run_id, has_failed=True)
 
     def new(self, namespace: str, name: str, **terms: Unpack[EffectTerms]) -> NewEffect:
         """Return the effect of this name at a place in the run.
@@ -170,6 +171,10 @@ class RunEffects(BaseCallbackHandler):
             name=name,
             **terms,
         )
+
+    def forget_name(self, namespace: str, name: str) -> None:
+        """Let an execution use a name once more."""
+        self._positions.forget_name(namespace, name)
 
     def ticket(self, effect: Effect) -> EffectTicket:
         """Return what travels with an effect."""
