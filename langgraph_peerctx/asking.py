@@ -129,12 +129,10 @@ class EffectPeers:
 
 
 async def _ask(about: About, key: InDoubtKey, runtime: PeerContextRuntime) -> InDoubtAnswer | None:
-    present = runtime.presence.roster.present()
-    hosts = {m.beat.process_id for m in present if key.peer_id in m.beat.agents}
     context = await runtime.gather(
         failed_agent_id=about.agent_id,
         thread_id=about.thread_id,
-        expect=hosts or [key.peer_id],
+        expect=[key.peer_id],
         time_window_seconds=_LOOK_BACK_SECONDS,
         in_doubt=[key],
         run_id=about.run_id,

@@ -17,6 +17,7 @@ from langgraph_peerctx.asking import EffectPeers, OnItsLoop, calls_of
 from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.durability.run_effects import About
 from langgraph_peerctx.errors import BrokerUnavailableError, ConfigurationError
+from langgraph_peerctx.gathering.peer_context import PeerContext
 from langgraph_peerctx.messaging.agent_context_service import ContextResponder
 from langgraph_peerctx.messaging.context_handler import ContextRequestHandler
 from langgraph_peerctx.persistence.event_store import EventStore
@@ -47,11 +48,11 @@ class Slow(ContextRequestHandler):
 
 @asynccontextmanager
 async def hosted(
-    broker: FakeBroker, folder: Path, name: str
+    broker: FakeBroker, folder: Path, name: str, transport: FakeTransport | None = None
 ) -> AsyncIterator[tuple[EventStore, threading.Event]]:
     """One process that hosts the peer, with a store of its own."""
     settings = SETTINGS.model_copy(update={"process_id": f"process-{name}"})
-    responder = ContextResponder(settings, transport=FakeTransport(broker))
+    responder = ContextResponder(settings, transport=transport or FakeTransport(broker))
     with EventStore(f"sqlite:///{folder}/{name}.db") as store:
         store.declare_receiver(PEER)
         handler = Slow(PEER, store=store)
@@ -117,6 +118,82 @@ async def test_every_process_that_hosts_the_peer_is_heard(
     assert (told.verdict, told.reply) == (
         ("seen", {"number": 7}) if other_saw_it else ("cannot_tell", None)
     )
+
+
+async def gathered(runtime: PeerContextRuntime, **more: Any) -> PeerContext:
+    """Ask as a recovery does, whose caller said who is enough."""
+    return await runtime.gather(
+        failed_agent_id=ABOUT.agent_id, thread_id="t", in_doubt=[key()], epoch=2, **more
+    )
+
+
+@pytest.mark.parametrize("enough", [{"expect": [PEER]}, {"min_responses": 1}])
+@pytest.mark.parametrize("is_seen", [True, False])
+async def test_a_gather_ends_not_before_all_that_host_a_peer_in_doubt_are_heard(
+    tmp_path: Path, enough: Any, *, is_seen: bool
+) -> None:
+    broker = FakeBroker()
+    async with AsyncExitStack() as stack:
+        _, quick_goes = await stack.enter_async_context(hosted(broker, tmp_path, "quick"))
+        slow, slow_goes = await stack.enter_async_context(hosted(broker, tmp_path, "slow"))
+        runtime = await stack.enter_async_context(asker(broker, 2))
+        if is_seen:
+            receive(slow, {"number": 7})
+        doing = asyncio.create_task(gathered(runtime, **enough))
+        quick_goes.set()
+        done, _ = await asyncio.wait({doing}, timeout=0.3)
+        assert not done
+        slow_goes.set()
+        started = time.monotonic()
+        context = await doing
+        assert time.monotonic() - started < 2, "nobody else is waited for"
+    told = context.word_on(key())
+    assert told is not None
+    assert told.verdict == ("cannot_tell" if is_seen else "not_seen")
+
+
+@pytest.mark.parametrize("is_seen", [True, False])
+async def test_of_a_peer_that_is_heard_in_part_only_what_it_has_seen_counts(
+    tmp_path: Path, *, is_seen: bool
+) -> None:
+    broker = FakeBroker()
+    async with AsyncExitStack() as stack:
+        quick, quick_goes = await stack.enter_async_context(hosted(broker, tmp_path, "quick"))
+        await stack.enter_async_context(hosted(broker, tmp_path, "slow"))
+        runtime = await stack.enter_async_context(asker(broker, 2))
+        if is_seen:
+            receive(quick, {"number": 7})
+        quick_goes.set()
+        context = await gathered(runtime, expect=[PEER], timeout_seconds=0.5)
+    assert context.unheard == {PEER: ("process-slow",)}
+    kept = PeerContext.from_json(context.as_json())
+    told = kept.word_on(key())
+    if is_seen:
+        assert told is not None
+        assert told.reply == {"number": 7}
+    else:
+        assert [answer.verdict for answer in kept.in_doubt] == ["not_seen"]
+        assert told is None, "what the other one has seen is not known"
+
+
+async def test_a_host_that_dies_meanwhile_is_waited_for_no_more_and_not_forgotten(
+    tmp_path: Path,
+) -> None:
+    broker = FakeBroker()
+    mortal = FakeTransport(broker)
+    async with AsyncExitStack() as stack:
+        _, quick_goes = await stack.enter_async_context(hosted(broker, tmp_path, "quick"))
+        await stack.enter_async_context(hosted(broker, tmp_path, "slow", mortal))
+        runtime = await stack.enter_async_context(asker(broker, 2))
+        doing = asyncio.create_task(gathered(runtime, expect=[PEER], timeout_seconds=60))
+        quick_goes.set()
+        done, _ = await asyncio.wait({doing}, timeout=0.3)
+        assert not done
+        mortal.silent = True  # as a killed process is
+        async with asyncio.timeout(10):
+            context = await doing
+    assert context.unheard == {PEER: ("process-slow",)}
+    assert context.word_on(key()) is None
 
 
 async def test_a_peer_that_is_not_on_the_roster_is_expected_by_its_name() -> None:

@@ -175,7 +175,9 @@ class Gatherer:
         once that is known for certain; who leaves or falls silent meanwhile is waited for no more,
         and where nobody is there it is over within a heartbeat's interval.
         It ends at the first of: everybody expected has answered; `min_responses` have; `enough`
-        says so; the window is over; nothing can come (mock mode, no broker).
+        says so; the window is over; nothing can come (mock mode, no broker). Of an effect in doubt
+        it waits for every process that is known to host the effect's peer: what one of them has
+        not seen another one may have.
 
         Args:
             request: The question.
@@ -253,6 +255,7 @@ class Gatherer:
             window = min(window, self._settings.heartbeat_interval_seconds)
         loop = asyncio.get_running_loop()
         started = loop.time()
+        wanted.hosts = self._hosts(request)
         slot.on_response = wanted.take
         for response in list(slot.responses.values()):
             wanted.take(response)
@@ -299,13 +302,26 @@ class Gatherer:
         roster = self._roster
         return roster is not None and roster.is_warm and not self.there(failed_agent_id)
 
+    def _hosts(self, request: ContextRequest) -> dict[str, frozenset[str]]:
+        """Return the processes that host each peer that is asked about an effect."""
+        if self._roster is None or not request.in_doubt:
+            return {}
+        present = self._roster.present()
+        return {
+            peer_id: frozenset(m.beat.process_id for m in present if peer_id in m.beat.agents)
+            for peer_id in {key.peer_id for key in request.in_doubt}
+        }
+
     async def _watch(self, wanted: "Wanted") -> None:
         """Give up who leaves or falls silent, of those that the roster named."""
-        while self._roster is not None and any("@" in name for name in wanted.expected):
+        roster = self._roster
+        while roster is not None and wanted.waits_for_the_roster:
             for name in sorted(wanted.missing):
                 process_id, _, incarnation = name.partition("@")
-                if incarnation and not self._roster.is_present((process_id, incarnation)):
+                if incarnation and not roster.is_present((process_id, incarnation)):
                     wanted.give_up(name)
+            if wanted.hosts:
+                wanted.give_up_hosts_but({member.beat.process_id for member in roster.present()})
             await asyncio.sleep(WATCH_SECONDS)
 
     def _silenced(self, trouble: PeerContextError | None, lost: str | None) -> list[str]:
@@ -325,7 +341,11 @@ class NothingSentError(BrokerUnavailableError):
 
 
 class Wanted:
-    """Who is still to answer, and whether it is enough; the arguments are those of `gather`."""
+    """Who is still to answer, and whether it is enough; the arguments are those of `gather`.
+
+    Attributes:
+        hosts: The processes that host each peer that is asked about an effect.
+    """
 
     def __init__(
         self,
@@ -341,7 +361,10 @@ class Wanted:
         self.responders: set[str] = set()
         self.satisfied = asyncio.Event()
         self.fault: Exception | None = None
+        self.hosts: dict[str, frozenset[str]] = {}
         self.min_responses = min_responses
+        self._gone_hosts: set[str] = set()
+        self._is_enough = False
         self._enough = enough
         self._on_answer = on_answer
 
@@ -365,16 +388,38 @@ class Wanted:
         """Wait no longer for somebody who is gone."""
         self.missing.discard(name)
         self.left.add(name)
-        if not self.missing:
-            self.satisfied.set()
+        self._is_enough = self._is_enough or not self.missing
+        self._conclude()
+
+    def give_up_hosts_but(self, present: Collection[str]) -> None:
+        """Wait no longer for processes that are gone; what they have seen is not known."""
+        self._gone_hosts |= {host for hosts in self.hosts.values() for host in hosts} - {*present}
+        self._conclude()
+
+    @property
+    def waits_for_the_roster(self) -> bool:
+        """Whether it may be over because somebody is gone."""
+        return any("@" in name for name in self.expected) or any(self.hosts.values())
+
+    @property
+    def unheard(self) -> dict[str, tuple[str, ...]]:
+        """The processes that host a peer, and have not said what they know of its effects."""
+        missing = {peer: hosts - self.responders for peer, hosts in self.hosts.items()}
+        return {peer: tuple(sorted(hosts)) for peer, hosts in missing.items() if hosts}
 
     def _judge(self, response: ContextResponse) -> None:
         everybody = bool(self.expected) and not self.missing
         some = self.min_responses is not None and len(self.responders) >= self.min_responses
         if everybody or some or (self._enough is not None and self._enough(self.responses)):
-            self.satisfied.set()
+            self._is_enough = True
+        self._conclude()
         if self._on_answer is not None:
             self._on_answer(response)
+
+    def _conclude(self) -> None:
+        awaited = {host for hosts in self.unheard.values() for host in hosts} - self._gone_hosts
+        if self._is_enough and not awaited:
+            self.satisfied.set()
 
     def coverage(self, merged: Merged, slot: Slot, *, degraded: bool) -> Coverage:
         """Say who was asked and what became of it."""
@@ -454,6 +499,7 @@ def _report(
         degraded=(*silenced, *_shortcomings(coverage, slot, merged)),
         elapsed_seconds=elapsed_seconds,
         answers=_answers(slot),
+        unheard=wanted.unheard,
     )
 
 

@@ -136,6 +136,8 @@ class PeerContext:
         degraded: Why this is not the whole truth; empty when nothing was missing.
         elapsed_seconds: From the request's sending to the end, by the monotonic clock.
         answers: Who answered and when, in the order in which they came.
+        unheard: Of each peer that was asked about effects, the processes that are known to host it
+            and did not answer.
     """
 
     correlation_id: str
@@ -150,18 +152,20 @@ class PeerContext:
     degraded: tuple[str, ...] = ()
     elapsed_seconds: float = 0.0
     answers: tuple[Answered, ...] = ()
+    unheard: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def word_on(self, key: InDoubtKey) -> InDoubtAnswer | None:
         """Return what the named peer says of an effect in doubt; None if it says nothing.
 
-        Where those who remember the effect contradict each other, nobody can tell.
+        Where those who remember the effect contradict each other, nobody can tell. That it was not
+        seen is the peer's word only if each process says so that hosts it.
         """
         found = [
             answer
             for answer in self.in_doubt
             if (answer.effect_key, answer.agent_id) == (key.effect_key, key.peer_id)
         ]
-        if not found:
+        if not found or (found[0].verdict == "not_seen" and self.unheard.get(key.peer_id)):
             return None
         disputed = any(
             version.effect_key == key.effect_key
