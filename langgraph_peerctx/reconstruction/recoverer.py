@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.checkpoint.serde.types import INTERRUPT
-from langgraph.types import Command
+from langgraph.types import Command, Durability
 
 from langgraph_peerctx.asking import calls_of
 from langgraph_peerctx.background import BackgroundRuntime
@@ -100,6 +100,8 @@ class SupervisedWorkflow:
         approve_below_coverage: Ask a human if less has answered, from 0 to 1; see `Thresholds`.
         approve_below_confidence: Ask a human if less of what was told is undisputed.
         inference: A model that may fill named gaps.
+        durability: By default `sync`; `async` where a run was begun with less than `sync`, since
+            LangGraph may not be able to run the workflow so.
     """
 
     workflow: Workflow
@@ -113,6 +115,7 @@ class SupervisedWorkflow:
     approve_below_coverage: float | None = None
     approve_below_confidence: float | None = None
     inference: Inference = field(default_factory=Inference)
+    durability: Durability | None = None
     thresholds: Thresholds = field(init=False)
 
     def __post_init__(self) -> None:
@@ -374,6 +377,7 @@ class Recoverer:
             channel=supervised.peer_context_channel,
             context=await _context(workflow, run, supervised.context_factory),
             config=recorded(_merged(supervised.config, said), recorder_of(run.agent_id)),
+            durability=supervised.durability or _durability_of(run),
             use_peer_context=supervised.use_peer_context,
             limits=Limits(
                 expect=supervised.expect,
@@ -526,6 +530,11 @@ def _patience(incident: Incident) -> float:
     """Return how long the next attempt waits: longer each time, whether or not it counts."""
     tries = incident.epoch - incident.lost_epoch
     return min(FIRST_RETRY_SECONDS * 2.0 ** min(tries - 1, 10), LONGEST_RETRY_SECONDS)
+
+
+def _durability_of(run: Run) -> Durability | None:
+    """Return `async` for a run that was not begun with `sync`: maybe it cannot be run so."""
+    return "async" if run.durability in ("async", "exit") else None
 
 
 async def _context(workflow: Workflow, run: Run, factory: ContextFactory | None) -> Any:

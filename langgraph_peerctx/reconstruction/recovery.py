@@ -101,8 +101,8 @@ async def recover_and_resume_workflow_async(
             `initial_state` has, and nothing else: see `Inference`. What it filled is marked.
         infer: The state keys that it may fill; by default any that has no value, where the run is
             begun anew from `initial_state`.
-        durability: By default `sync`, or `async` where LangGraph cannot run the workflow so:
-            in a subgraph compiled with `checkpointer=False`.
+        durability: By default `sync`, or `async` where LangGraph cannot run the workflow so, in a
+            subgraph compiled with `checkpointer=False`, or an owned run was begun with less.
         runtime: A running runtime to use; by default one is opened and closed.
         settings: For the runtime that is opened; by default from the environment.
         on_step: Is told of each step when it has ended.
@@ -251,6 +251,7 @@ def supervised_as(plan: RecoveryPlan) -> SupervisedWorkflow:
         timeout_seconds=plan.limits.timeout_seconds,
         min_responses=plan.limits.min_responses,
         inference=plan.inference,
+        durability=plan.durability,
     )
 
 

@@ -171,6 +171,39 @@ async def test_an_answer_is_given_again_if_the_thread_shows_no_trace_of_it(
     assert final["log"] == ["in", "first", *answers, "C"], "each answer was given once"
 
 
+@pytest.mark.parametrize(
+    ("begun", "asked", "goes_on"),
+    [
+        ("sync", None, "sync"),
+        ("async", None, "async"),
+        ("exit", None, "async"),
+        (None, "async", "async"),
+        ("async", "sync", "sync"),
+    ],
+)
+@pytest.mark.parametrize("is_by_hand", [True, False])
+async def test_a_run_goes_on_with_a_durability_with_which_it_can_be_run(
+    control: ControlDatabase, begun: Any, asked: Any, goes_on: str, *, is_by_hand: bool
+) -> None:
+    app = workflow()
+    await lose(control, new(app, durability=begun))
+    if is_by_hand:
+        result = await recover_and_resume_workflow_async(
+            workflow=app,
+            agent_id=AGENT,
+            thread_id=THREAD,
+            use_peer_context=False,
+            durability=asked,
+        )
+    else:
+        async with recovering() as (recoverer, _):
+            supervised = SupervisedWorkflow(workflow=app, use_peer_context=False, durability=asked)
+            result = await recoverer.recover_thread(AGENT, THREAD, supervised)
+    assert result["status"] == "restarted"
+    (resumed,) = [s for s in result["incident"]["steps"] if s["step"] == "resume_workflow"]
+    assert resumed["detail"]["durability"] == goes_on
+
+
 async def test_a_fork_from_a_subgraphs_checkpoint_is_recovered(control: ControlDatabase) -> None:
     inner = StateGraph(State)
     inner.add_node("x", lambda _state: {"log": ["x"]})
