@@ -3,13 +3,14 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from functools import partial
 from typing import Protocol, TypeVar
 
 from langgraph_peerctx.background import BackgroundRuntime
 from langgraph_peerctx.durability.run_effects import About, running_loop
 from langgraph_peerctx.errors import BrokerUnavailableError, ConfigurationError
-from langgraph_peerctx.protocol.messages import InDoubtAnswer, InDoubtKey
+from langgraph_peerctx.protocol.messages import WINDOW_LIMIT_SECONDS, InDoubtAnswer, InDoubtKey
 from langgraph_peerctx.runtime import PeerContextRuntime
 
 _logger = logging.getLogger(__name__)
@@ -18,7 +19,7 @@ T = TypeVar("T")
 Work = Callable[[PeerContextRuntime], Awaitable[T]]
 
 _LOOK_BACK_SECONDS = 1.0
-"""What a peer remembers beside the effect is not asked for; its word on it has no window."""
+"""Of what a peer remembers only what concerns the effect is asked for: since it was meant."""
 _SPARE_SECONDS = 5.0
 """For what a question takes beside its window, on a loop that turns."""
 
@@ -133,12 +134,18 @@ async def _ask(about: About, key: InDoubtKey, runtime: PeerContextRuntime) -> In
         failed_agent_id=about.agent_id,
         thread_id=about.thread_id,
         expect=[key.peer_id],
-        time_window_seconds=_LOOK_BACK_SECONDS,
+        time_window_seconds=_since(key),
         in_doubt=[key],
         run_id=about.run_id,
         epoch=about.epoch,
     )
     return context.word_on(key)
+
+
+def _since(key: InDoubtKey) -> float:
+    """Return how far to look back: those who remember the effect may contradict each other."""
+    age = (datetime.now(UTC) - key.intent_at).total_seconds()
+    return min(max(0.0, age) + _LOOK_BACK_SECONDS, WINDOW_LIMIT_SECONDS)
 
 
 def _warn(key: InDoubtKey, error: BrokerUnavailableError) -> None:

@@ -234,6 +234,12 @@ class PeerContextSettings(EnvironmentSettings):
     max_total_bytes: int = Field(
         default=8_388_608, ge=4_096, validation_alias="PEER_CONTEXT_MAX_TOTAL_BYTES"
     )
+    inference_tokens: int = Field(
+        default=4_000, ge=256, le=10_000_000, validation_alias="PEER_CONTEXT_INFERENCE_TOKENS"
+    )
+    inference_timeout_seconds: Seconds = Field(
+        default=30.0, validation_alias="PEER_CONTEXT_INFERENCE_TIMEOUT_SECONDS"
+    )
 
     @field_validator("database_url", "control_database_url")
     @classmethod

@@ -20,6 +20,7 @@ from langgraph_peerctx.errors import BrokerUnavailableError, ConfigurationError
 from langgraph_peerctx.gathering.peer_context import PeerContext
 from langgraph_peerctx.messaging.agent_context_service import ContextResponder
 from langgraph_peerctx.messaging.context_handler import ContextRequestHandler
+from langgraph_peerctx.messaging.roster import Roster
 from langgraph_peerctx.persistence.event_store import EventStore
 from langgraph_peerctx.protocol.messages import InDoubtAnswer, InDoubtKey
 from langgraph_peerctx.protocol.tickets import EffectTicket
@@ -174,6 +175,41 @@ async def test_of_a_peer_that_is_heard_in_part_only_what_it_has_seen_counts(
     else:
         assert [answer.verdict for answer in kept.in_doubt] == ["not_seen"]
         assert told is None, "what the other one has seen is not known"
+
+
+async def test_whoever_has_just_come_asks_all_that_host_a_peer_too(tmp_path: Path) -> None:
+    broker = FakeBroker()
+    async with AsyncExitStack() as stack:
+        _, quick_goes = await stack.enter_async_context(hosted(broker, tmp_path, "quick"))
+        slow, slow_goes = await stack.enter_async_context(hosted(broker, tmp_path, "slow"))
+        receive(slow, {"number": 7})
+        runtime = PeerContextRuntime(SETTINGS, transport=FakeTransport(broker))
+        await stack.enter_async_context(runtime)
+        assert runtime.presence.roster.heard_at is None
+        doing = asyncio.create_task(gathered(runtime, expect=[PEER]))
+        quick_goes.set()
+        done, _ = await asyncio.wait({doing}, timeout=0.3)
+        assert not done
+        slow_goes.set()
+        context = await doing
+    told = context.word_on(key())
+    assert told is not None
+    assert told.verdict == "cannot_tell"
+
+
+async def test_without_a_heartbeat_of_our_own_nobody_is_waited_for_any_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker = FakeBroker()
+    async with AsyncExitStack() as stack:
+        _, quick_goes = await stack.enter_async_context(hosted(broker, tmp_path, "quick"))
+        runtime = await stack.enter_async_context(asker(broker, 1))
+        monkeypatch.setattr(Roster, "heard_at", None)
+        quick_goes.set()
+        started = time.monotonic()
+        context = await gathered(runtime, expect=[PEER], timeout_seconds=30)
+        assert time.monotonic() - started < 5
+    assert context.word_on(key()) is not None
 
 
 async def test_a_host_that_dies_meanwhile_is_waited_for_no_more_and_not_forgotten(

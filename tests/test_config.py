@@ -25,6 +25,12 @@ DEFAULTS: dict[str, tuple[type[EnvironmentSettings], str, Any]] = {
     "PEER_CONTEXT_ENABLED": (PeerContextSettings, "enabled", True),
     "PEER_CONTEXT_TIMEOUT_SECONDS": (PeerContextSettings, "timeout_seconds", 5.0),
     "PEER_CONTEXT_MOCK_MODE": (PeerContextSettings, "mock_mode", "auto"),
+    "PEER_CONTEXT_INFERENCE_TOKENS": (PeerContextSettings, "inference_tokens", 4_000),
+    "PEER_CONTEXT_INFERENCE_TIMEOUT_SECONDS": (
+        PeerContextSettings,
+        "inference_timeout_seconds",
+        30.0,
+    ),
 }
 WRONG = {
     "KAFKA_BOOTSTRAP_SERVERS": ["", "localhost", "localhost:x", "a:1,,b:2", ":9092", "h:99999"],
@@ -46,6 +52,8 @@ WRONG = {
     "PEER_CONTEXT_MAX_MESSAGE_BYTES": ["10", "99999999"],
     "PEER_CONTEXT_MAX_INTERACTIONS": ["0"],
     "PEER_CONTEXT_MAX_RESPONDERS": ["0"],
+    "PEER_CONTEXT_INFERENCE_TOKENS": ["0", "255", "many", "99999999"],
+    "PEER_CONTEXT_INFERENCE_TIMEOUT_SECONDS": ["0", "-1", "nan", "inf"],
 }
 
 

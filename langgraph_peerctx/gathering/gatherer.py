@@ -31,6 +31,8 @@ _logger = logging.getLogger(__name__)
 
 WATCH_SECONDS = 0.01
 """How often those that are waited for are looked after."""
+BEATS_WAITED_FOR = 2
+"""So many intervals it is waited for our own heartbeat, to know who hosts a peer."""
 
 OnAnswer = Callable[[ContextResponse], None]
 OnSent = Callable[[], None]
@@ -255,12 +257,12 @@ class Gatherer:
             window = min(window, self._settings.heartbeat_interval_seconds)
         loop = asyncio.get_running_loop()
         started = loop.time()
-        wanted.hosts = self._hosts(request)
+        self._find_hosts(request, wanted)
         slot.on_response = wanted.take
         for response in list(slot.responses.values()):
             wanted.take(response)
         self._running.add(wanted)
-        watching = asyncio.create_task(self._watch(wanted), name="peerctx-watch")
+        watching = asyncio.create_task(self._watch(request, wanted), name="peerctx-watch")
         try:
             trouble = await _until_enough(ask, wanted, window)
         finally:
@@ -302,26 +304,34 @@ class Gatherer:
         roster = self._roster
         return roster is not None and roster.is_warm and not self.there(failed_agent_id)
 
-    def _hosts(self, request: ContextRequest) -> dict[str, frozenset[str]]:
-        """Return the processes that host each peer that is asked about an effect."""
+    def _find_hosts(self, request: ContextRequest, wanted: "Wanted") -> None:
+        """Say which processes host the peers that are asked about an effect.
+
+        Once our own heartbeat has come back, everybody has been read who beat before it.
+        """
         if self._roster is None or not request.in_doubt:
-            return {}
+            return
         present = self._roster.present()
-        return {
+        hosts = {
             peer_id: frozenset(m.beat.process_id for m in present if peer_id in m.beat.agents)
             for peer_id in {key.peer_id for key in request.in_doubt}
         }
+        wanted.find_hosts(hosts, are_all=self._roster.heard_at is not None)
 
-    async def _watch(self, wanted: "Wanted") -> None:
+    async def _watch(self, request: ContextRequest, wanted: "Wanted") -> None:
         """Give up who leaves or falls silent, of those that the roster named."""
-        roster = self._roster
+        roster, loop = self._roster, asyncio.get_running_loop()
+        patience = loop.time() + BEATS_WAITED_FOR * self._settings.heartbeat_interval_seconds
         while roster is not None and wanted.waits_for_the_roster:
             for name in sorted(wanted.missing):
                 process_id, _, incarnation = name.partition("@")
                 if incarnation and not roster.is_present((process_id, incarnation)):
                     wanted.give_up(name)
-            if wanted.hosts:
-                wanted.give_up_hosts_but({member.beat.process_id for member in roster.present()})
+            if not wanted.has_all_hosts:
+                self._find_hosts(request, wanted)
+                if loop.time() > patience:
+                    wanted.find_hosts(wanted.hosts, are_all=True)
+            wanted.give_up_hosts_but({member.beat.process_id for member in roster.present()})
             await asyncio.sleep(WATCH_SECONDS)
 
     def _silenced(self, trouble: PeerContextError | None, lost: str | None) -> list[str]:
@@ -345,6 +355,7 @@ class Wanted:
 
     Attributes:
         hosts: The processes that host each peer that is asked about an effect.
+        has_all_hosts: Whether those are all.
     """
 
     def __init__(
@@ -362,6 +373,7 @@ class Wanted:
         self.satisfied = asyncio.Event()
         self.fault: Exception | None = None
         self.hosts: dict[str, frozenset[str]] = {}
+        self.has_all_hosts = True
         self.min_responses = min_responses
         self._gone_hosts: set[str] = set()
         self._is_enough = False
@@ -391,6 +403,11 @@ class Wanted:
         self._is_enough = self._is_enough or not self.missing
         self._conclude()
 
+    def find_hosts(self, hosts: dict[str, frozenset[str]], *, are_all: bool) -> None:
+        """Wait for these as well, and for others as long as they are not all."""
+        self.hosts, self.has_all_hosts = hosts, are_all
+        self._conclude()
+
     def give_up_hosts_but(self, present: Collection[str]) -> None:
         """Wait no longer for processes that are gone; what they have seen is not known."""
         self._gone_hosts |= {host for hosts in self.hosts.values() for host in hosts} - {*present}
@@ -399,7 +416,11 @@ class Wanted:
     @property
     def waits_for_the_roster(self) -> bool:
         """Whether it may be over because somebody is gone."""
-        return any("@" in name for name in self.expected) or any(self.hosts.values())
+        return (
+            any("@" in name for name in self.expected)
+            or any(self.hosts.values())
+            or not self.has_all_hosts
+        )
 
     @property
     def unheard(self) -> dict[str, tuple[str, ...]]:
@@ -418,7 +439,7 @@ class Wanted:
 
     def _conclude(self) -> None:
         awaited = {host for hosts in self.unheard.values() for host in hosts} - self._gone_hosts
-        if self._is_enough and not awaited:
+        if self._is_enough and self.has_all_hosts and not awaited:
             self.satisfied.set()
 
     def coverage(self, merged: Merged, slot: Slot, *, degraded: bool) -> Coverage:

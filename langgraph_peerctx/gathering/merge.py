@@ -31,7 +31,8 @@ class Merged:
         memory: Agent id -> what it remembers.
         conflicts: By interaction id; the version of the agent that sorts first is the one kept.
         truncated: Agents whose answer was cut, here or at the peer.
-        contested: Agents whose memory two processes tell differently; the first one's is kept.
+        contested: Agents of whose memory, or of an effect, two processes tell differently; of the
+            memory the first one's is kept.
         misfits: How many interactions were not the answering agent's own with the failed agent, in
             the thread that was asked about, and were left out.
     """
@@ -94,6 +95,9 @@ def merge(
                 versions.setdefault(teller, interaction)
             else:
                 told[interaction.interaction_id] = {teller: interaction}
+    words = [word for response in by_responder for word in response.in_doubt]
+    settled = _settled(words)
+    contested |= {word.agent_id for word in words if word not in settled}
     if max_bytes is not None:
         kept = _newest_within(told, max_bytes)
         truncated.update(agent for key in told.keys() - kept.keys() for agent, *_ in told[key])
@@ -104,7 +108,7 @@ def merge(
             for key in _causal_order(told)
         ),
         memory=memory,
-        in_doubt=_settled(answer for response in by_responder for answer in response.in_doubt),
+        in_doubt=settled,
         conflicts=tuple(
             Conflict(interaction_id=key, versions=_named(told[key]))
             for key in sorted(key for key, versions in told.items() if len(versions) > 1)

@@ -58,8 +58,8 @@ class Coverage:
         late: How many answers came after the end, as far as it is known.
         duplicate: How many answers came twice.
         truncated: Agents whose answer was cut.
-        contradicted: Processes that answered twice, and not the same; agents whose memory two
-            processes tell differently.
+        contradicted: Processes that answered twice, and not the same; agents of whose memory, or
+            of an effect, two processes tell differently.
         dropped: How many answers were not taken because of a limit.
     """
 

@@ -63,7 +63,11 @@ def confidence_of(evidence: Mapping[str, Any]) -> float:
 def what_to_approve(
     state: Mapping[str, Any], channel: str, why: list[str], unclear: object = None
 ) -> Json:
-    """Return what a human is shown: why it is asked, what would be written, and from where."""
+    """Return what a human is shown: why it is asked, and what a resume would do.
+
+    What would be written and from where, what is known of the run's effects, and what peers took
+    from the agent after the checkpoint, which a resume goes back behind.
+    """
     evidence = state["evidence"]
     said: Json = {} if unclear is None else {"not_understood": repr(unclear)[:200]}
     asked = [state["thread_id"], state.get("run_id"), *why, sorted(evidence["peer_context"])]
@@ -78,6 +82,8 @@ def what_to_approve(
         "coverage": evidence["coverage"],
         "conflicts": evidence["conflicts"],
         "in_doubt": evidence["in_doubt"],
+        "effects": evidence["effects"],
+        "consumed": evidence["consumed"],
         "reasons": evidence["reasons"],
         **said,
     }

@@ -6,6 +6,7 @@ from typing import Any
 
 from langchain_core.language_models import BaseChatModel
 
+from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.durability.workflow import Workflow, input_keys, state_keys
 from langgraph_peerctx.errors import ConfigurationError
 from langgraph_peerctx.protocol.messages import Json
@@ -13,9 +14,6 @@ from langgraph_peerctx.reconstruction.checkpoint import CheckpointView
 from langgraph_peerctx.reconstruction.gap_schema import GapSchema
 from langgraph_peerctx.reconstruction.inference import Inferred, gaps_of, infer
 from langgraph_peerctx.reconstruction.resume import Delivery, also_at_head
-
-BUDGET_TOKENS = 4_000
-INFERENCE_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,14 +25,10 @@ class Inference:
         keys: The state keys that may be inferred; by default any that has no value, and only where
             the run is begun anew from what the caller knows: a run's own record and its checkpoint
             have no gaps, what they lack was not there.
-        budget_tokens: The longest question, in tokens.
-        timeout_seconds: For question and repair together.
     """
 
     llm: BaseChatModel | None = None
     keys: tuple[str, ...] = ()
-    budget_tokens: int = BUDGET_TOKENS
-    timeout_seconds: float = INFERENCE_SECONDS
 
     def check(self, workflow: Workflow) -> None:
         """See that the keys are the workflow's.
@@ -57,6 +51,7 @@ class Inference:
         *,
         is_exact: bool,
         but: Collection[str] = (),
+        settings: PeerContextSettings | None = None,
     ) -> Inferred:
         """Ask for what has no value.
 
@@ -66,7 +61,9 @@ class Inference:
             facts: Event id -> fact, of the peers.
             is_exact: Whether the values are a checkpoint's, or the run's own record.
             but: Keys that hold what peers told.
+            settings: For the longest question and wait; by default from the environment.
         """
+        settings = settings or PeerContextSettings()
         gaps = gaps_of(workflow, values, but=but)
         if self.keys:
             gaps = tuple(key for key in gaps if key in self.keys)
@@ -78,8 +75,8 @@ class Inference:
             gaps=gaps,
             state={key: value for key, value in values.items() if key not in but},
             facts=facts,
-            budget_tokens=self.budget_tokens,
-            timeout_seconds=self.timeout_seconds,
+            budget_tokens=settings.inference_tokens,
+            timeout_seconds=settings.inference_timeout_seconds,
         )
 
 

@@ -133,6 +133,7 @@ class AgentReconstructor:
             found["state"],
             found["peer_context"],
             is_exact=checkpoint is not None and checkpoint.exists,
+            settings=self._settings,
         )
         return with_inferred(found, inferred)
 

@@ -1,18 +1,22 @@
 """A model fills what nothing else has, and is marked; it changes nothing else."""
 
 import operator
+import re
+from datetime import timedelta
 from typing import Annotated, Any
 
 import pytest
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, StateGraph
 from owning import AGENT, AT, THREAD
-from reconstruction.fake_runtime import FakeRuntime, context, interaction
+from reconstruction.fake_runtime import NOW, FakeRuntime, context, interaction
 from reconstruction.injections import PAYLOADS
 from reconstruction.obedient import Obedient, Scripted
 
+from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.errors import ConfigurationError
 from langgraph_peerctx.nodes.state import PeerContextState
+from langgraph_peerctx.reconstruction.gap_filling import Inference
 from langgraph_peerctx.reconstruction.reconstructor import (
     AgentReconstructor,
     recover_and_resume_workflow_async,
@@ -164,6 +168,55 @@ async def test_a_reconstruction_marks_what_was_inferred() -> None:
     assert found["state"] == {}
     (marked,) = [p for p in found["provenance"] if p["source"] == "inference"]
     assert marked["fact"] == "state.customer"
+
+
+def told_often() -> FakeRuntime:
+    """Return a runtime whose peers remember a hundred orders, one a minute."""
+    orders = [
+        interaction(f"order-{n:03}").model_copy(update={"occurred_at": NOW + timedelta(minutes=n)})
+        for n in range(100)
+    ]
+    return FakeRuntime(answer=context(*orders))
+
+
+async def test_a_small_budget_leaves_out_the_older_facts_and_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = {"log": ["in"], "owner": "me"}
+    asked: dict[str, list[str]] = {}
+    for tokens in ("1200", "40000"):
+        monkeypatch.setenv("PEER_CONTEXT_INFERENCE_TOKENS", tokens)
+        case, llm = Case(), Scripted(answers=["{}"])
+        case.dies = False
+        result = await case.recover(llm, initial_state=given, runtime=told_often())
+        asked[tokens] = sorted(set(re.findall(r"order-\d{3}", llm.asked[0][1].text)))
+        is_cut = any("did not fit into 1200 tokens" in reason for reason in result["reasons"])
+        assert is_cut == (tokens == "1200")
+    every = [f"order-{n:03}" for n in range(100)]
+    assert asked["40000"] == every
+    assert asked["1200"] == every[-len(asked["1200"]) :] != every
+
+
+async def test_a_model_that_takes_longer_than_allowed_is_waited_for_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PEER_CONTEXT_INFERENCE_TIMEOUT_SECONDS", "0.05")
+    case = Case()
+    case.dies = False
+    llm = Scripted(answers=['{"customer": "Ada"}'], delay_seconds=60)
+    result = await case.recover(llm, initial_state={"log": ["in"], "owner": "me"})
+    assert result["final_state"]["log"] == ["in", "first", "second saw None, None"]
+    assert "llm_failed: no valid answer within 0.05 seconds" in result["reasons"]
+
+
+async def test_settings_that_are_given_count_and_not_the_environments(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PEER_CONTEXT_INFERENCE_TIMEOUT_SECONDS", "60")
+    llm = Scripted(answers=[], delay_seconds=60)
+    settings = PeerContextSettings(inference_tokens=5_000, inference_timeout_seconds=0.05)
+    found = await Inference(llm=llm).fill(Case().app, {}, {}, is_exact=False, settings=settings)
+    assert found.reasons == ("llm_failed: no valid answer within 0.05 seconds",)
 
 
 @pytest.mark.parametrize("make", [create_recovery_graph, AgentReconstructor])
