@@ -2,14 +2,15 @@
 
 The agent's own stores are gone with its host. What its peers hold of the run names its id and its
 epoch: under the same id each effect has the same key again, so that a peer knows a repeated one. An
-effect that no ledger knows any more is in doubt until its peer has told.
+effect that no ledger knows any more is in doubt until its peer has told, also where nobody remembers
+the run: what reaches no peer, or one that keeps nothing, leaves no trace.
 """
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Final
 
 from langchain_core.runnables import RunnableConfig
@@ -80,8 +81,9 @@ def remembered(agent_id: str, facts: Mapping[str, Any], input_digest: str | None
         return Remembered()
     # An effect of the whole thread stands under the thread's id.
     named = [f for f in done if f.get("run_id") and f["run_id"] != f.get("thread_id")]
-    receipts = [f for f in named if f.get("kind") == RECEIPT]
-    digests = {str(f["run_id"]): _payload(f).get("input_digest") for f in receipts}
+    receipts = [f for f in done if f.get("kind") == RECEIPT]
+    of_runs = [f for f in named if f.get("kind") == RECEIPT]
+    digests = {str(f["run_id"]): _payload(f).get("input_digest") for f in of_runs}
     same = {run_id for run_id, digest in digests.items() if digest and digest == input_digest}
     # A peer without receipts knows the run, and not what it was given.
     unsure = {run_id for f in named if digests.get(run_id := str(f["run_id"])) is None}
@@ -104,7 +106,8 @@ def said_of(known: Remembered, run_id: str | None) -> str:
     if known.run_id is None:
         return (
             f"lost_stores: no record of the run is left, and nobody remembers one with this input: "
-            f"begun as run {run_id}"
+            f"begun as run {run_id}; what was not for peers to see may have been done before, and "
+            "is in doubt"
         )
     return (
         f"lost_stores: no record of the run is left but what peers remember of run {run_id}: an "
@@ -178,11 +181,13 @@ class LostStores:
         asks_peers: Whether peers are asked about effects in doubt.
         is_configured: Whether a control database was named: then any run is owned, otherwise only
             one that peers remember.
+        is_another: Whether the caller wants another run than the lost one, of which nobody knows.
     """
 
     owning: Callable[[], Awaitable[PeerContextRuntime]]
     asks_peers: bool
     is_configured: bool
+    is_another: bool = False
 
     def concerns(self, known: Remembered) -> bool:
         """Tell whether such a run is to be owned."""
@@ -211,7 +216,9 @@ class LostStores:
         ownership = await runtime.own()
         thread_id = place["configurable"]["thread_id"]
         seconds = runtime.settings.database_timeout_seconds
-        since = None if known.run_id is None else known.since
+        since = known.since if known.run_id is not None else None
+        if since is None and not self.is_another:
+            since = datetime.now(UTC)
         run = NewRun(
             run_id=known.run_id or new_id(),
             agent_id=agent_id,

@@ -264,6 +264,7 @@ def _lost_stores(source: "_Borrowed | _Opened", plan: RecoveryPlan) -> LostStore
         owning=source.owning,
         asks_peers=plan.use_peer_context,
         is_configured=settings.control_database_url is not None,
+        is_another=plan.despite_silence,
     )
 
 

@@ -1,7 +1,8 @@
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from reconstruction.orders import Peer
 from reconstruction.savers import Mortal, mortal_saver
 
 from langgraph_peerctx.config import PeerContextSettings
@@ -37,3 +38,20 @@ def settings_on_broker(
     monkeypatch.setenv("PEER_CONTEXT_SWEEP_SECONDS", "0.5")
     monkeypatch.setenv("KAFKA_PRESENCE_TOPIC", f"presence.{tmp_path.name}"[:100])
     return PeerContextSettings()
+
+
+@pytest.fixture
+def short_window(
+    settings_on_broker: PeerContextSettings, monkeypatch: pytest.MonkeyPatch
+) -> PeerContextSettings:
+    """The same, for peers that are silent: nobody waits long for them."""
+    del settings_on_broker
+    monkeypatch.setenv("PEER_CONTEXT_TIMEOUT_SECONDS", "0.6")
+    return PeerContextSettings()
+
+
+@pytest.fixture
+def peer(tmp_path: Path) -> Iterator[Peer]:
+    made = Peer(tmp_path)
+    yield made
+    made.store.close()

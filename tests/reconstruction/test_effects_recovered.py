@@ -1,170 +1,44 @@
 """What was in doubt is settled by the peer that knows, or by a human; on a broker of our own."""
 
 import asyncio
-import operator
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import owning
 import pytest
 from langgraph.checkpoint.memory import InMemorySaver
-from langgraph.graph import END, START, StateGraph
+from langgraph.graph import START, StateGraph
 from owning import AGENT, AT, GHOST, THREAD, new_run, settled
+from reconstruction.orders import PEER, Peer, State, log_of, lose, workflow
 
 from langgraph_peerctx import (
     AgentReconstructor,
-    Receiver,
     Settled,
-    background,
-    current_effect,
     effect,
     explain_reconstruction,
 )
 from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.durability.admission import (
-    digest_of,
-    packed_config,
     packed_input,
 )
-from langgraph_peerctx.durability.run_effects import About, RunEffects
 from langgraph_peerctx.errors import ConfigurationError, InDoubtError, StaleOwnerError
-from langgraph_peerctx.lifecycle import peer_context_lifespan
-from langgraph_peerctx.messaging.context_handler import ContextRequestHandler
-from langgraph_peerctx.nodes.state import PeerContextState
 from langgraph_peerctx.owned import own_runs
 from langgraph_peerctx.persistence.effect_ledger import NewEffect
-from langgraph_peerctx.persistence.event_store import EventStore, record_interaction
 from langgraph_peerctx.persistence.incidents import ControlDatabase
 from langgraph_peerctx.persistence.runs import RunInput
-from langgraph_peerctx.protocol.tickets import EffectTicket
 from langgraph_peerctx.reconstruction.answering import aanswer_recovery
 from langgraph_peerctx.reconstruction.recovery import recover_and_resume_workflow_async
 from langgraph_peerctx.reconstruction.supervisor import RecoverySupervisor
 
-PEER = "inventory-agent"
 pytestmark = pytest.mark.usefixtures("_no_runtime_left")
 
 
-class State(PeerContextState, total=False):
-    log: Annotated[list[Any], operator.add]
-
-
-class KilledError(BaseException):
-    """Leaves what a kill would leave."""
-
-
 @pytest.fixture
-def settings(
-    settings_on_broker: PeerContextSettings, monkeypatch: pytest.MonkeyPatch
-) -> PeerContextSettings:
-    del settings_on_broker
-    monkeypatch.setenv("PEER_CONTEXT_TIMEOUT_SECONDS", "0.6")
-    return PeerContextSettings()
-
-
-class Peer:
-    """An agent that takes orders, in a store of its own, and how they get there."""
-
-    def __init__(self, folder: Path, *, receives: bool = True) -> None:
-        self.store = EventStore(f"sqlite:///{folder}/peer.db")
-        self.receiver = Receiver(PEER, store=self.store) if receives else None
-        self.applied: list[str] = []
-        self.tickets: list[EffectTicket] = []
-        self.dies: list[str] = []
-        self.is_down = False
-
-    async def order(self, what: str) -> Any:
-        """What the effect calls: it may be killed on the way there, or on the way back."""
-        self.tickets.append(current_effect())
-        if self.dies == ["before"]:
-            self.dies.clear()
-            raise KilledError
-        reply = self.take(current_effect(), what)
-        if self.dies == ["after"]:
-            self.dies.clear()
-            raise KilledError
-        return reply
-
-    def take(self, ticket: EffectTicket, what: str) -> Any:
-        if self.is_down:
-            raise ConnectionRefusedError
-        if self.receiver is None:
-            self.applied.append(what)
-            for kind, sender, receiver in (("order", AGENT, PEER), ("order-done", PEER, AGENT)):
-                record_interaction(
-                    agent_id=PEER,
-                    from_agent=sender,
-                    to_agent=receiver,
-                    thread_id=ticket.thread_id,
-                    kind=kind,
-                    payload={"number": len(self.applied)},
-                    effect_key=ticket.effect_key,
-                    run_id=ticket.run_id,
-                    store=self.store,
-                )
-            return {"number": len(self.applied)}
-        with self.receiver.receive(ticket) as receipt:
-            if receipt.is_first:
-                self.applied.append(what)
-                receipt.reply = {"number": len(self.applied)}
-        return receipt.reply
-
-    @asynccontextmanager
-    async def answering(self) -> AsyncIterator[None]:
-        """Answer what is asked, as its process does."""
-        async with peer_context_lifespan() as runtime:
-            await runtime.host(ContextRequestHandler(PEER, store=self.store))
-            yield
-            await runtime.unhost(PEER)
-
-
-@pytest.fixture
-def peer(tmp_path: Path) -> Iterator[Peer]:
-    made = Peer(tmp_path)
-    yield made
-    made.store.close()
-
-
-def workflow(peer: Peer, /, **terms: Any) -> Any:
-    async def plan(_: State) -> Any:
-        return {"log": ["plan"]}
-
-    async def order(_: State) -> Any:
-        chosen = {"peer": PEER, "not_done_on": (ConnectionRefusedError,), **terms}
-        return {"log": [await effect("order 4711", peer.order, "4711", **chosen)]}
-
-    builder = StateGraph(State)
-    builder.add_node("plan", plan)
-    builder.add_node("order", order)
-    builder.add_edge(START, "plan")
-    builder.add_edge("plan", "order")
-    builder.add_edge("order", END)
-    return builder.compile(checkpointer=InMemorySaver(), name="launch")
-
-
-async def lose(control: ControlDatabase, app: Any, *, run_id: str = "r1") -> None:
-    """Run it as a process that dies in its effect."""
-    run = new_run(app, run_id=run_id, durability="sync", config=packed_config(app, {}))
-    lease = control.admit(run, GHOST)
-    about = About(
-        agent_id=AGENT,
-        thread_id=THREAD,
-        run_id=run_id,
-        epoch=lease.epoch,
-        input_digest=digest_of({"log": ["in"]}),
-    )
-    effects = RunEffects(control, about, incarnation=GHOST.incarnation)
-    place = effects.go_along({**AT, "metadata": {"run_id": run_id}})
-    with pytest.raises(KilledError):
-        await app.ainvoke({"log": ["in"]}, place, durability="sync")
-
-
-async def log_of(app: Any) -> Any:
-    return (await app.aget_state(AT)).values["log"]
+def settings(short_window: PeerContextSettings) -> PeerContextSettings:
+    return short_window
 
 
 async def test_what_has_arrived_is_not_done_again_and_its_reply_is_restored(
@@ -441,39 +315,6 @@ async def test_by_hand_a_doubt_is_a_result_and_an_answer_an_argument(
     assert peer.applied == ["4711"]
 
 
-@pytest.mark.parametrize("dies", ["before", "after"])
-async def test_with_all_its_stores_lost_the_peers_keep_an_effect_from_being_repeated(
-    control: ControlDatabase,
-    peer: Peer,
-    dies: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    app = workflow(peer)
-    peer.dies = [dies]
-    await lose(control, app)
-    monkeypatch.setenv("PEER_CONTEXT_CONTROL_DATABASE_URL", f"sqlite:///{tmp_path}/new.db")
-    fresh = workflow(peer)
-    async with peer.answering():
-        result = await recover_and_resume_workflow_async(
-            workflow=fresh,
-            agent_id=AGENT,
-            thread_id=THREAD,
-            initial_state={"log": ["in"]},
-            expect=[PEER],
-        )
-    assert result["status"] == "restarted"
-    assert result["final_state"]["log"] == ["in", "plan", {"number": 1}]
-    assert peer.applied == ["4711"]
-    with ControlDatabase(f"sqlite:///{tmp_path}/new.db") as new:
-        run = new.newest_run(AGENT, THREAD)
-        assert run is not None
-        assert run.end_kind == "returned"
-        if dies == "after":
-            assert run.run_id == "r1"
-            assert run.epoch > 1
-
-
 async def test_a_doubt_that_the_workflow_has_left_behind_is_not_asked_about(
     control: ControlDatabase, peer: Peer
 ) -> None:
@@ -503,125 +344,6 @@ async def test_a_doubt_that_the_workflow_has_left_behind_is_not_asked_about(
         "reminder": "intent",
         "order 4711": "done",
     }
-
-
-async def test_with_all_its_stores_lost_nothing_is_begun_before_the_peers_are_heard(
-    control: ControlDatabase,
-    peer: Peer,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    app = workflow(peer)
-    peer.dies = ["after"]
-    await lose(control, app)
-    monkeypatch.setenv("PEER_CONTEXT_CONTROL_DATABASE_URL", f"sqlite:///{tmp_path}/new.db")
-    fresh = workflow(peer)
-
-    async def recover(**more: Any) -> Any:
-        return await recover_and_resume_workflow_async(
-            workflow=fresh,
-            agent_id=AGENT,
-            thread_id=THREAD,
-            initial_state={"log": ["in"]},
-            expect=[PEER],
-            peer_context_timeout=0.5,
-            **more,
-        )
-
-    result = await recover()
-    assert (result["status"], result["recovered"]) == ("in_doubt", False)
-    assert "inventory-agent may remember" in result["reasons"][0]
-    async with peer.answering():
-        result = await recover()
-    assert result["status"] == "restarted"
-    assert result["final_state"]["log"] == ["in", "plan", {"number": 1}]
-    assert peer.applied == ["4711"]
-
-
-async def test_a_run_whose_peers_stay_silent_may_be_begun_on_purpose(
-    peer: Peer, settings: PeerContextSettings
-) -> None:
-    del settings
-    result = await recover_and_resume_workflow_async(
-        workflow=workflow(peer),
-        agent_id=AGENT,
-        thread_id=THREAD,
-        initial_state={"log": ["in"]},
-        expect=[PEER],
-        peer_context_timeout=0.5,
-        despite_silence=True,
-    )
-    assert (result["status"], result["degraded"]) == ("restarted", True)
-    assert peer.applied == ["4711"]
-
-
-async def test_a_run_that_was_begun_anew_and_failed_goes_on_with_the_same_doubts(
-    control: ControlDatabase,
-    peer: Peer,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    app = workflow(peer)
-    peer.dies = ["after"]
-    await lose(control, app)
-    monkeypatch.setenv("PEER_CONTEXT_CONTROL_DATABASE_URL", f"sqlite:///{tmp_path}/new.db")
-    fails = [True]
-
-    async def fragile(_: State) -> Any:
-        if fails.pop() if fails else False:
-            raise ValueError("not yet")
-        return {"log": ["plan"]}
-
-    builder = StateGraph(State)
-    builder.add_node("plan", fragile)
-    builder.add_node("order", workflow(peer).builder.nodes["order"].runnable)
-    builder.add_edge(START, "plan")
-    builder.add_edge("plan", "order")
-    fresh = builder.compile(checkpointer=InMemorySaver(), name="launch")
-
-    async def recover() -> Any:
-        return await recover_and_resume_workflow_async(
-            workflow=fresh,
-            agent_id=AGENT,
-            thread_id=THREAD,
-            initial_state={"log": ["in"]},
-            expect=[PEER],
-        )
-
-    async with peer.answering():
-        assert (await recover())["status"] == "failed"
-        result = await recover()
-    assert result["final_state"]["log"] == ["in", "plan", {"number": 1}]
-    assert peer.applied == ["4711"]
-    assert len(peer.tickets) == 1
-
-
-async def test_a_finished_runs_effects_are_not_taken_for_those_of_another_input(
-    peer: Peer, settings: PeerContextSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of the lost run no peer knows anything; of the run before it they do."""
-    del settings
-    owned = own_runs(workflow(peer), agent_id=AGENT)
-    await owned.ainvoke({"log": ["yesterday"]}, AT)
-    background.stop_kept_runtime()
-    monkeypatch.setenv("PEER_CONTEXT_CONTROL_DATABASE_URL", f"sqlite:///{tmp_path}/new.db")
-
-    async def recover(given: str) -> Any:
-        return await recover_and_resume_workflow_async(
-            workflow=workflow(peer),
-            agent_id=AGENT,
-            thread_id=THREAD,
-            initial_state={"log": [given]},
-            expect=[PEER],
-        )
-
-    async with peer.answering():
-        today = await recover("today")
-    assert today["final_state"]["log"] == ["today", "plan", {"number": 2}]
-    assert peer.applied == ["4711", "4711"]
-    one, two = peer.tickets
-    assert one.run_id != two.run_id
-    assert two.epoch > one.epoch
 
 
 def two_orders(peer: Peer, other: Any) -> Any:
@@ -663,93 +385,6 @@ async def test_an_answer_is_to_the_question_that_was_asked_and_to_no_other(
     assert len(calls) == 1
     assert {e.name: e.status for e in control.effects_of(AGENT, THREAD, "r1")}["second"] == "intent"
     assert peer.applied == ["first"]
-
-
-async def lost(peer: Peer, **more: Any) -> Any:
-    """Recover a thread of which nothing is left."""
-    return await recover_and_resume_workflow_async(
-        workflow=more.pop("app", None) or workflow(peer),
-        agent_id=AGENT,
-        thread_id=THREAD,
-        **{"initial_state": {"log": ["in"]}, "expect": [PEER], **more},
-    )
-
-
-async def test_of_several_runs_that_were_given_the_same_nobody_guesses_which(
-    control: ControlDatabase,
-    peer: Peer,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    owned = own_runs(workflow(peer), agent_id=AGENT)
-    await owned.ainvoke({"log": ["in"]}, AT)
-    background.stop_kept_runtime()
-    peer.dies = ["after"]
-    await lose(control, workflow(peer), run_id="r2")
-    monkeypatch.setenv("PEER_CONTEXT_CONTROL_DATABASE_URL", f"sqlite:///{tmp_path}/new.db")
-    async with peer.answering():
-        result = await lost(peer)
-        assert result["status"] == "in_doubt"
-        assert "Name it with run_id=" in result["reasons"][0]
-        assert "r2" in result["reasons"][0]
-        result = await lost(peer, run_id="r2")
-    assert result["status"] == "restarted"
-    assert peer.applied == ["4711", "4711"]
-
-
-async def test_without_a_broker_a_run_of_which_no_record_is_left_is_not_begun(
-    control: ControlDatabase,
-    peer: Peer,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    free_tcp_port: int,
-) -> None:
-    peer.dies = ["after"]
-    await lose(control, workflow(peer))
-    monkeypatch.setenv("PEER_CONTEXT_CONTROL_DATABASE_URL", f"sqlite:///{tmp_path}/new.db")
-    monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", f"127.0.0.1:{free_tcp_port}")
-    for expect in ([PEER], []):
-        result = await lost(peer, expect=expect)
-        assert result["status"] == "in_doubt"
-    assert peer.applied == ["4711"]
-
-
-async def test_what_happened_long_ago_is_remembered_too(
-    control: ControlDatabase,
-    peer: Peer,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    peer.dies = ["after"]
-    await lose(control, workflow(peer))
-    monkeypatch.setenv("PEER_CONTEXT_CONTROL_DATABASE_URL", f"sqlite:///{tmp_path}/new.db")
-    monkeypatch.setenv("PEER_CONTEXT_TIME_WINDOW_SECONDS", "0.1")
-    await asyncio.sleep(0.3)
-    async with peer.answering():
-        result = await lost(peer)
-    assert result["final_state"]["log"] == ["in", "plan", {"number": 1}]
-    assert peer.applied == ["4711"]
-
-
-async def test_with_its_control_database_lost_a_thread_goes_on_from_its_checkpoint(
-    control: ControlDatabase,
-    peer: Peer,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    app = workflow(peer)
-    peer.dies = ["after"]
-    await lose(control, app)
-    monkeypatch.setenv("PEER_CONTEXT_CONTROL_DATABASE_URL", f"sqlite:///{tmp_path}/new.db")
-    async with peer.answering():
-        result = await lost(peer, app=app, initial_state=None)
-    assert result["status"] == "resumed"
-    assert result["final_state"]["log"] == ["in", "plan", {"number": 1}]
-    assert peer.applied == ["4711"]
-    with ControlDatabase(f"sqlite:///{tmp_path}/new.db") as new:
-        run = new.newest_run(AGENT, THREAD)
-        assert run is not None
-        assert (run.run_id, run.end_kind) == ("r1", "returned")
 
 
 async def test_an_answer_by_hand_reaches_a_recovery_that_waits(
