@@ -24,6 +24,7 @@ _COLOURS = {
     "waits for its peer": "#c8d0d8",
     "surfaced without need": "#f3cf63",
     "in doubt, not said": "#f0a04b",
+    "begun anew": "#d9772b",
     "failed": "#8c6d31",
     "ended differently": "#b38bc4",
     "an effect lost": "#6b2d5c",
@@ -82,7 +83,8 @@ def page(found: Found) -> str:
             lambda kill: (kill["cell"]["workflow"],),
         ),
         times=_times_table(found),
-        meanwhile=sum(kill["ending"]["asked_meanwhile"] for kill in of_system(found, "peers")),
+        while_down=_asked_meanwhile(found, "down"),
+        while_alive=_asked_meanwhile(found, "alive"),
         faults=_faults(found),
     )
     return "\n\n".join(map(_wrapped, text.split("\n\n")))
@@ -155,7 +157,7 @@ def _times_table(found: Found) -> str:
 
 
 def _faults(found: Found) -> str:
-    bad = [kill for kill in of_system(found, "peers") if not _is_good(kill) or kill["notes"]]
+    bad = [kill for kill in of_system(found, "peers") if not _is_good(kill)]
     if not bad:
         return "None."
     lines = []
@@ -169,7 +171,13 @@ def _faults(found: Found) -> str:
 
 
 def _is_good(kill: Any) -> bool:
-    return kill["verdict"] in GOOD
+    return kill["verdict"] in GOOD and not kill["notes"]
+
+
+def _asked_meanwhile(found: Found, peer: str) -> str:
+    """Say of how many kills, their peer being so, a human was asked for a time."""
+    kills = [kill for kill in of_system(found, "peers") if kill["cell"]["peer"] == peer]
+    return f"{sum(kill['ending']['asked_meanwhile'] for kill in kills)} of {len(kills)}"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -288,7 +296,9 @@ the agent left: an effect with an intent and no outcome is in doubt, and must be
 name and alone; everything else waits for a peer that is not there, its run fails with
 `ConnectionRefusedError`, and nothing may be lost or repeated. Where the stores are lost as well, no
 intent is left that could be named: the whole run is in doubt, and is not begun before its peer is
-heard. Where no peer is named, every effect in doubt is unknowable.
+heard: whoever begins it (with peers, its first node; without, its first order) has begun it anew,
+and that counts as bad. Where no peer is named, every effect in doubt is unknowable. A question that
+names what the killed run cannot have begun counts as bad wherever it is asked.
 
 A real Apache Kafka on loopback, SQLite stores, a sentinel, heartbeats each 0.25 s; {cores} cores,
 {at_once} kills at once, {minutes} minutes. To run it again, with the same kills:
@@ -303,8 +313,9 @@ How many ended well (one of the first three), of how many:
 
 {by_fate}
 
-With peers {meanwhile} of the {kills} waited for a human for a time, because the peer that could
-tell was away or late, and went on without one when it had told.
+With peers {while_down} whose peer was down waited for a human for a time, and went on without one
+when the peer was back and had told. Of those whose peer was alive all the time, and was late with
+its word, {while_alive} did: with the stores kept each of them counts as surfaced without need.
 
 ## By durability, place and workflow
 

@@ -211,7 +211,7 @@ class Experiment:
             said = f"{status}: {'; '.join(reasons)}"
             is_doubt = any(word in said for word in _IN_DOUBT)
             if status == "waiting_for_human" and not is_doubt:
-                return await self._answered(cell, job, operator, known_at)
+                return await self._answered(cell, job, operator, known_at, asked=asked)
             if status in {"resumed", "restarted", "already_finished"}:
                 operator.tell("state")
                 _, *rest = await operator.word("result", job.case)
@@ -233,7 +233,7 @@ class Experiment:
                 known_at = at
             if incident is not None and incident.status == "recovered":
                 if incident.result and incident.result["status"] == "waiting_for_human":
-                    return await self._answered(cell, job, supervisor, known_at)
+                    return await self._answered(cell, job, supervisor, known_at, asked=asked)
                 supervisor.tell("state", job)
                 _, *rest = await supervisor.word("result", job.case)
                 attempts = incident.attempts
@@ -251,6 +251,8 @@ class Experiment:
         job: Job,
         process: Heard,
         known_at: float,
+        *,
+        asked: bool,
     ) -> Ending:
         """Answer the workflow's own question, and see it end."""
         attempts, what = 0, "answer"
@@ -259,7 +261,7 @@ class Experiment:
             process.tell(what, job)
             how, *rest = await process.word("result", job.case)
             if how == "ended":
-                return _ended(known_at, rest, attempts=attempts)
+                return _ended(known_at, rest, attempts=attempts, asked_meanwhile=asked)
             if _is_in_vain(cell, attempts):
                 return _failed(known_at, f"{rest[0]}: {rest[1]}", attempts=attempts)
             what = "again"

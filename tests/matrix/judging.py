@@ -1,5 +1,6 @@
 """What is said of one kill: from the peers' ledger, the stored state, and what was surfaced."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -8,8 +9,10 @@ from typing import Any, Literal
 from matrix.cells import Cell
 from matrix.places import Passed
 from matrix.trading import System
-from matrix.workflows import EFFECT_KINDS, ORDERS
+from matrix.workflows import EFFECT_KINDS, ORDERS, Kind
 
+_CALL: Kind = "between intent and call"
+_NAMED = re.compile(r"Did '([^']*)'")
 How = Literal["ended", "asked", "refused", "failed"]
 Verdict = Literal[
     "as uninterrupted",
@@ -17,6 +20,7 @@ Verdict = Literal[
     "waits for its peer",
     "surfaced without need",
     "in doubt, not said",
+    "begun anew",
     "failed",
     "ended differently",
     "an effect lost",
@@ -26,8 +30,12 @@ VERDICTS: dict[Verdict, str] = {
     "as uninterrupted": "ended with the same state and the same orders as an uninterrupted run",
     "unknowable, surfaced": "an effect in doubt that nobody could tell of was put to a human",
     "waits for its peer": "the peer is gone, nothing is in doubt: the run failed, and stands still",
-    "surfaced without need": "a human was asked of an effect of which a peer could have told",
+    "surfaced without need": (
+        "a human was asked, if only for a time, of what was not in doubt, or of what a peer that "
+        "was there could have told"
+    ),
     "in doubt, not said": "the run failed on a gone peer, and an effect in doubt was not mentioned",
+    "begun anew": "began again although nobody was left who could tell what it had done",
     "failed": "the run neither ended nor was anything surfaced",
     "ended differently": "ended, with another state",
     "an effect lost": "ended, and an order was never applied",
@@ -108,10 +116,11 @@ def judged(
     missing = sorted(set(plain.applied) - set(applied))
     killed_at = next(passed.at for passed in trace if passed.place == "killed")
     later = (passed.at for passed in trace if passed.who != "agent")
+    is_anew = _is_begun_anew(cell, system, applied, trace)
     return Kill(
         cell=cell,
         system=system,
-        verdict=_verdict(cell, system, ending, doubt, repeated, missing, plain),
+        verdict=_verdict(cell, system, ending, doubt, repeated, missing, plain, is_anew=is_anew),
         ending=ending,
         applied=dict(applied),
         in_doubt=doubt.surely,
@@ -119,7 +128,7 @@ def judged(
         repeated=repeated,
         killed_at=killed_at,
         resumed_at=next(later, None),
-        notes=_notes(system, ending, doubt, cell),
+        notes=_notes(cell, system, ending, doubt, trace),
     )
 
 
@@ -168,13 +177,15 @@ def _verdict(
     repeated: list[str],
     missing: list[str],
     plain: Uninterrupted,
+    *,
+    is_anew: bool,
 ) -> Verdict:
     if repeated:
         return "an effect repeated"
+    if is_anew:
+        return "begun anew"
     if ending.how == "ended":
-        if missing:
-            return "an effect lost"
-        return "as uninterrupted" if ending.log == plain.log else "ended differently"
+        return _how_ended(cell, ending, missing, plain)
     if ending.how == "asked":
         return (
             "unknowable, surfaced"
@@ -184,6 +195,14 @@ def _verdict(
     if ending.how == "refused" and cell.peer == "gone":
         return "in doubt, not said" if doubt.surely else "waits for its peer"
     return "failed"
+
+
+def _how_ended(cell: Cell, ending: Ending, missing: list[str], plain: Uninterrupted) -> Verdict:
+    if missing:
+        return "an effect lost"
+    if ending.log != plain.log:
+        return "ended differently"
+    return "surfaced without need" if _is_needless(cell, ending) else "as uninterrupted"
 
 
 def _unknowable(cell: Cell, system: System, doubt: Doubt) -> bool:
@@ -196,11 +215,51 @@ def _unknowable(cell: Cell, system: System, doubt: Doubt) -> bool:
     return nobody and (bool(doubt.surely or doubt.maybe) or cell.store == "lost")
 
 
-def _notes(system: System, ending: Ending, doubt: Doubt, cell: Cell) -> list[str]:
+def _is_needless(cell: Cell, ending: Ending) -> bool:
+    """Tell whether a human was asked although the peer was there all the time, and the intents."""
+    return ending.asked_meanwhile and (cell.peer, cell.store) == ("alive", "kept")
+
+
+def _is_begun_anew(
+    cell: Cell, system: System, applied: Mapping[str, int], trace: Sequence[Passed]
+) -> bool:
+    """Tell whether a run was begun again of which only a peer that is gone could know.
+
+    Where there is nobody to be heard, nodes may run up to the first order: there a human is asked.
+    """
+    if (cell.peer, cell.store) != ("gone", "lost"):
+        return False
+    later = [passed for passed in trace if passed.who != "agent"]
+    anew = bool(later) if system == "peers" else bool(_orders_at(_CALL, later))
+    return anew or not set(applied) <= _orders_at(_CALL, _of_agent(trace))
+
+
+def _orders_at(kind: Kind, trace: Sequence[Passed]) -> set[str]:
+    """Return the orders that were seen at one kind of place."""
+    places = [passed.place.partition(": ") for passed in trace]
+    return {order for found, _, order in places if found == kind}
+
+
+def _of_agent(trace: Sequence[Passed]) -> list[Passed]:
+    return [passed for passed in trace if passed.who == "agent"]
+
+
+def _notes(
+    cell: Cell, system: System, ending: Ending, doubt: Doubt, trace: Sequence[Passed]
+) -> list[str]:
     """Say where a human was asked of anything but what was in doubt."""
-    if ending.how != "asked" or system == "langgraph" or cell.store == "lost":
+    if ending.how != "asked" or system == "langgraph":
         return []
-    named = {order for order in ORDERS[cell.workflow] if f"'{order}'" in ending.said}
-    if set(doubt.surely) <= named <= {*doubt.surely, *doubt.maybe}:
+    named = set(_NAMED.findall(ending.said))
+    if cell.store == "kept":
+        might = {*doubt.surely, *doubt.maybe}
+        is_right = set(doubt.surely) <= named <= might
+    elif system == "peers":  # its peer is to be heard before any effect is come to
+        might = _orders_at("before the intent", _of_agent(trace))
+        is_right = named <= might
+    else:  # nobody is left who knows how far it came: the first that is come to is asked about
+        might = set(ORDERS[cell.workflow])
+        is_right = bool(named) and named <= might
+    if is_right:
         return []
-    return [f"a human was asked of {sorted(named)}, and in doubt were {doubt.surely}"]
+    return [f"a human was asked of {sorted(named)}, and in doubt were {sorted(might)}"]

@@ -1,6 +1,7 @@
 """What the matrix would say of a run, and which kills it makes."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -32,13 +33,22 @@ def kill(
     passed: list[str] = KNOWN,
     log: list[str] = PLAIN.log,
     said: str = "",
+    then: Sequence[str] = ("before book",),
+    asked_meanwhile: bool = False,
 ) -> Kill:
     trace = [
         *(Passed(who="agent", at=float(n), place=place) for n, place in enumerate(passed)),
         Passed(who="agent", at=10.0, place="killed"),
-        Passed(who="supervisor", at=11.0, place="before book"),
+        *(Passed(who="supervisor", at=11.0, place=place) for place in then),
     ]
-    ending = Ending(how=how, known_at=10.5, ended_at=12.0, log=log, said=said)
+    ending = Ending(
+        how=how,
+        known_at=10.5,
+        ended_at=12.0,
+        log=log,
+        said=said,
+        asked_meanwhile=asked_meanwhile,
+    )
     return judged(of or cell(), system, ending, applied=applied, trace=trace, plain=PLAIN)
 
 
@@ -66,6 +76,69 @@ def test_a_kill_is_judged_by_what_the_peer_applied_and_a_human_was_asked(
     found: Kill, verdict: Verdict
 ) -> None:
     assert found.verdict == verdict
+
+
+LOST = cell("gone", "lost")
+ONE = Counter({"reserve": 1})
+
+
+@pytest.mark.parametrize(
+    ("found", "verdict"),
+    [
+        (kill("asked", ONE, of=LOST, then=()), "unknowable, surfaced"),
+        (kill("asked", ONE, of=LOST, then=["before plan"]), "begun anew"),
+        (kill("refused", ONE, of=LOST, then=["between intent and call: book"]), "begun anew"),
+        (kill("refused", BOTH, of=LOST, then=()), "begun anew"),
+        (kill("refused", Counter({"reserve": 2}), of=LOST), "an effect repeated"),
+        (
+            kill("asked", ONE, of=LOST, system="no peers", then=["before plan"]),
+            "unknowable, surfaced",
+        ),
+        (kill("refused", ONE, of=LOST, system="langgraph", then=CALLED), "begun anew"),
+        (kill("ended", of=cell("alive", "lost"), then=["before plan"]), "as uninterrupted"),
+        (kill("refused", ONE, of=cell("gone"), then=["before book"]), "waits for its peer"),
+    ],
+)
+def test_a_run_that_only_a_gone_peer_knew_of_must_not_be_begun_again(
+    found: Kill, verdict: Verdict
+) -> None:
+    assert found.verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("of", "verdict"),
+    [
+        (cell("alive"), "surfaced without need"),
+        (cell("alive", "lost"), "as uninterrupted"),
+        (cell("down"), "as uninterrupted"),
+        (cell("down", "lost"), "as uninterrupted"),
+    ],
+)
+def test_a_question_that_a_peer_has_answered_itself_was_needless_if_it_was_there(
+    of: Cell, verdict: Verdict
+) -> None:
+    assert kill("ended", of=of, asked_meanwhile=True).verdict == verdict
+    assert kill("ended", of=of).verdict == "as uninterrupted"
+
+
+@pytest.mark.parametrize(
+    ("system", "said", "is_right"),
+    [
+        ("peers", "in_doubt: inventory-agent may remember it", True),
+        ("peers", "Did 'reserve' reach it?", True),
+        ("peers", "Did 'book' reach it?", False),
+        ("peers", "Did 'nonsense' reach it?", False),
+        ("no peers", "Did 'book' happen?", True),
+        ("no peers", "Did 'nonsense' happen?", False),
+        ("no peers", "InDoubtError", False),
+    ],
+)
+def test_with_its_stores_lost_a_question_names_only_what_may_have_been_begun(
+    system: System, said: str, *, is_right: bool
+) -> None:
+    begun = ["before the intent: reserve", *CALLED]
+    found = kill("asked", ONE, of=LOST, system=system, passed=begun, said=said, then=())
+    assert (found.notes == []) == is_right
 
 
 def test_the_successor_is_seen_at_its_first_place() -> None:
