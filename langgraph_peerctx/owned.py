@@ -13,7 +13,7 @@ from typing import Any
 
 from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import ensure_config, merge_configs
-from langgraph.checkpoint.base import BaseCheckpointSaver
+from langgraph.checkpoint.base import BaseCheckpointSaver, CheckpointTuple
 from langgraph.types import Durability
 
 from langgraph_peerctx import background
@@ -22,7 +22,7 @@ from langgraph_peerctx.background import BackgroundRuntime
 from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.durability.admission import (
     Redact,
-    digest_of,
+    digest_of_input,
     digest_of_run,
     fenced,
     is_continuation,
@@ -50,6 +50,7 @@ from langgraph_peerctx.errors import (
     ConfigurationError,
     InDoubtError,
     StaleOwnerError,
+    StoreBusyError,
     StoreError,
 )
 from langgraph_peerctx.identifiers import check_id, new_id
@@ -61,6 +62,8 @@ _logger = logging.getLogger(__name__)
 _UNNAMED = "LangGraph"
 _INSIDE = "__pregel_read"
 """In the config of whatever LangGraph runs inside a node."""
+_FORK = ("checkpoint_id", "checkpoint_map")
+"""What names the checkpoint of a root graph from which a run is to fork."""
 
 
 class OwnedRun:
@@ -169,8 +172,8 @@ def own_runs(
         redact: Returns what may be stored of an input, and must not change what it is given: a
             fresh input, or the `Command` that answers. A run whose input is stored otherwise than
             it was cannot be begun again from it: killed before its first checkpoint it is not
-            recoverable, and the recovery says so. Of an error only the type is stored then. A
-            recorder has a `redact` hook of its own.
+            recoverable, and the recovery says so. Of an error only the type is stored then, of a
+            recovery how it ended. A recorder has a `redact` hook of its own.
         settings: For the process's runtime, if it does not run yet.
 
     Raises, when it runs:
@@ -178,7 +181,8 @@ def own_runs(
             ended.
         StaleOwnerError: If another process has taken it over meanwhile.
         ConfigurationError: If the input cannot be stored, `redact` failed, or no thread is named.
-        StoreError: If the control database failed; nothing was run.
+        StoreError: If the control database failed, or the checkpointer did not say in time where
+            the thread stands; nothing was run.
     """
     plain = compiled(workflow)
     if isinstance(plain, _Owning):
@@ -370,12 +374,14 @@ async def _begun(
     try:
         runtime = await lease.aruntime()
         ownership = await runtime.own()
-        newest, head_id = None, None
-        if order.continues:
-            newest = await ownership.control.anewest_run(terms.agent_id, order.thread_id)
-            head = await order.behind(ownership).aget_tuple(order.place) if order.saver else None
-            head_id = None if head is None else head.checkpoint["id"]
-        run = order.run(newest, head_id)
+        newest = None
+        async with _taken(order, terms.agent_id, ownership):
+            if order.continues or order.names_checkpoint:
+                seconds = runtime.settings.database_timeout_seconds
+                order.stand_at(await _head_in_time(order, ownership, seconds))
+            if order.continues:
+                newest = await ownership.control.anewest_run(terms.agent_id, order.thread_id)
+            run = order.run(newest)
         held = await ownership.aadmit(run, goes_on=newest is not None)
         runtime.watch.add(held.key, asyncio.get_running_loop(), order.patience(runtime.settings))
         place: RunnableConfig = {}
@@ -406,12 +412,14 @@ def _begun_now(
     try:
         runtime = lease.runtime()
         ownership = runtime.own_now()
-        newest, head_id = None, None
-        if order.continues:
-            newest = ownership.control.newest_run(terms.agent_id, order.thread_id)
-            head = order.behind(ownership).get_tuple(order.place) if order.saver else None
-            head_id = None if head is None else head.checkpoint["id"]
-        run = order.run(newest, head_id)
+        newest = None
+        with _taken_now(order, terms.agent_id, ownership):
+            if order.continues or order.names_checkpoint:
+                saver = order.behind(ownership)
+                order.stand_at(saver.get_tuple(order.place) if saver else None)
+            if order.continues:
+                newest = ownership.control.newest_run(terms.agent_id, order.thread_id)
+            run = order.run(newest)
         held = ownership.admit(run, goes_on=newest is not None)
         place: RunnableConfig = {}
         try:
@@ -427,6 +435,57 @@ def _begun_now(
             _ended_now(ownership, held, run.run_id, "returned", None)
     finally:
         lease.release()
+
+
+@asynccontextmanager
+async def _taken(order: "_Order", agent_id: str, ownership: Ownership) -> AsyncIterator[None]:
+    """Keep others off the thread while it is seen whether the checkpoint that is named is its head.
+
+    At the end it is taken for the run, and so held no longer; in the database it stays ours.
+    """
+    if not order.names_checkpoint:
+        yield
+        return
+    in_thread = ownership.leases.in_thread
+    take = partial(ownership.take, agent_id, order.thread_id)
+    held = await in_thread(take, undo=ownership.drop)
+    try:
+        yield
+    except BaseException:
+        await in_thread(partial(ownership.give, held))
+        raise
+    ownership.drop(held)
+
+
+@contextmanager
+def _taken_now(order: "_Order", agent_id: str, ownership: Ownership) -> Iterator[None]:
+    """See `_taken`."""
+    if not order.names_checkpoint:
+        yield
+        return
+    held = ownership.take(agent_id, order.thread_id)
+    try:
+        yield
+    except BaseException:
+        ownership.give(held)
+        raise
+    ownership.drop(held)
+
+
+async def _head_in_time(
+    order: "_Order", ownership: Ownership, seconds: float
+) -> CheckpointTuple | None:
+    saver = order.behind(ownership)
+    if saver is None:
+        return None
+    try:
+        async with asyncio.timeout(seconds):
+            return await saver.aget_tuple(order.place)
+    except TimeoutError as error:
+        raise StoreBusyError(
+            f"the checkpointer did not say within {seconds:g} s where the thread stands: see "
+            "whether its database is up and not locked, then try again"
+        ) from error
 
 
 class _Order:
@@ -448,31 +507,43 @@ class _Order:
         self._terms = terms
         self._given = given
         self._digest: str | None = None
+        self._head_id: str | None = None
         self.config: RunnableConfig = ensure_config(merge_configs(plain.config, config))
         configurable = self.config.get("configurable") or {}
         self.thread_id = thread_of(self.config)
         self.options: dict[str, Any] = {**options, "durability": self._durability(options)}
+        self.names_checkpoint: bool = "checkpoint_id" in configurable
         # A fork from an earlier checkpoint is a run of its own.
-        self.continues: bool = is_continuation(given) and "checkpoint_id" not in configurable
-        self.saver = checkpointer_of(plain)
+        self.continues: bool = is_continuation(given) and not self.names_checkpoint
         self.place: RunnableConfig = {"configurable": {"thread_id": self.thread_id}}
 
-    def run(self, newest: Run | None, head_id: str | None) -> NewRun:
+    def stand_at(self, head: CheckpointTuple | None) -> None:
+        """Take note of the thread's head: who names that, forks from nothing."""
+        self._head_id = None if head is None else head.checkpoint["id"]
+        configurable = self.config.get("configurable") or {}
+        if configurable.get("checkpoint_id") not in (None, "", self._head_id):
+            return
+        kept = {name: value for name, value in configurable.items() if name not in _FORK}
+        self.config = {**self.config, "configurable": kept}
+        self.continues = is_continuation(self._given)
+
+    def run(self, newest: Run | None) -> NewRun:
         """Return what to write down: a new run, or one more input of the newest.
 
         Raises:
             ConfigurationError: If the input cannot be stored.
         """
         plain = self._plain
-        self._digest = digest_of_run(plain, newest) if newest else digest_of(self._given)
+        value = packed_input(plain, self._given, self._terms.redact)
+        self._digest = (
+            digest_of_run(plain, newest) if newest else digest_of_input(self._given, value)
+        )
         return NewRun(
             run_id=newest.run_id if newest else new_id(),
             agent_id=self._terms.agent_id,
             thread_id=self.thread_id,
             workflow=self._terms.name,
-            given=RunInput(
-                value=packed_input(plain, self._given, self._terms.redact), checkpoint_id=head_id
-            ),
+            given=RunInput(value=value, checkpoint_id=self._head_id if self.continues else None),
             config=packed_config(plain, self.config, self.options),
             context=packed_context(plain, self.options.get("context")),
             durability=self.options["durability"],
@@ -511,11 +582,9 @@ class _Order:
         """Return the workflow behind the fence of what this process owns."""
         return fenced(self._plain, AgentFence(self._terms.agent_id, ownership))
 
-    def behind(self, ownership: Ownership) -> BaseCheckpointSaver[Any]:
-        """Return its checkpointer behind the same fence."""
-        saver = checkpointer_of(self.fenced(ownership))
-        assert saver is not None  # noqa: S101 - asked for only where there is one
-        return saver
+    def behind(self, ownership: Ownership) -> BaseCheckpointSaver[Any] | None:
+        """Return its checkpointer, if it has one, behind the same fence."""
+        return checkpointer_of(self.fenced(ownership))
 
     def patience(self, settings: PeerContextSettings) -> float:
         """Return how long the run's loop may stand still, in seconds."""

@@ -1,20 +1,29 @@
 """What of a run is kept, so that another process can go on with it."""
 
 import hashlib
-import json
+import re
+from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias, cast
+from collections.abc import Set as AbstractSet
+from dataclasses import fields, is_dataclass
+from datetime import date, time, timedelta
+from decimal import Decimal
+from enum import Enum
+from pathlib import PurePath
+from typing import Any, Final, TypeAlias, cast
+from uuid import UUID
 
+from langchain_core.messages import BaseMessage, RemoveMessage
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.serde.base import SerializerProtocol
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph.types import Command, Durability
+from pydantic import BaseModel
 
 from langgraph_peerctx.durability.fenced_checkpointer import Fence, FencedCheckpointer
 from langgraph_peerctx.durability.workflow import Workflow, checkpointer_of
 from langgraph_peerctx.errors import ConfigurationError, StoreError
 from langgraph_peerctx.persistence.runs import Packed, Run
-from langgraph_peerctx.protocol.looking import plain
 
 KEPT = ("tags", "metadata", "recursion_limit", "run_name")
 """What of a config is kept beside its configurable values: callbacks belong to a process."""
@@ -77,10 +86,20 @@ def packed_input(workflow: Workflow, given: object, redact: Redact | None) -> Pa
     return whole if told == whole else Packed(kind=f"{_REDACTED}{told.kind}", data=told.data)
 
 
-def digest_of(given: object) -> str:
-    """Return 32 digits that are the same for the same input, whatever the order of its keys."""
-    text = json.dumps(plain(given), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+def digest_of(given: object) -> str | None:
+    """Return 32 digits that are the same in any process for an input that holds the same.
+
+    None if it has no form that stays the same: then nobody knows whether another input equals it.
+    """
+    try:
+        return _hash(given).hex()[:32]
+    except Exception:  # noqa: BLE001 - anybody's object may do anything when it is looked at
+        return None
+
+
+def digest_of_input(given: object, stored: Packed) -> str | None:
+    """Return the digest of an input; None if it is redacted, or who guesses could find it out."""
+    return None if _hides(stored) else digest_of(given)
 
 
 def digest_of_run(workflow: Workflow, run: Run) -> str | None:
@@ -90,7 +109,7 @@ def digest_of_run(workflow: Workflow, run: Run) -> str | None:
 
 def is_redacted(run: Run, number: int = 0) -> bool:
     """Tell whether what a run was given is not what is stored of it."""
-    return run.inputs[number].value.kind.startswith(_REDACTED)
+    return _hides(run.inputs[number].value)
 
 
 def unpacked(workflow: Workflow, value: Packed, *, name: str) -> Any:
@@ -195,3 +214,69 @@ def _can_be_kept(workflow: Workflow, value: object) -> bool:
     except (TypeError, ValueError):
         return False
     return True
+
+
+def _hides(stored: Packed) -> bool:
+    return stored.kind.startswith(_REDACTED)
+
+
+_TOLD_BY_TEXT: Final = (date, time, timedelta, Decimal, UUID, PurePath)
+"""Whose text says all of them, and the same in any process."""
+_MADE_UP: Final = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
+"""An id as LangGraph gives it, at random and in place, to a message that comes without one."""
+
+
+def _hash(value: object) -> bytes:
+    """Return a hash of what a value holds; parts go in by their hashes, so that none run together.
+
+    Models and dataclasses count by their fields and enums by their values, whatever their class: a
+    serializer may give back no more than that.
+
+    Raises:
+        TypeError: If it has no form that stays the same.
+        RecursionError: If it is nested too deeply.
+    """
+    if isinstance(value, Enum):
+        return _hash(value.value)
+    kind, told = _scalar(value) or _whole(value)
+    return hashlib.sha256(b"%s:%s" % (kind.encode(), told)).digest()
+
+
+def _scalar(value: object) -> tuple[str, bytes] | None:
+    if value is None or isinstance(value, bool):
+        return "constant", str(value).encode()
+    if isinstance(value, str):
+        return "text", str.encode(value, errors="surrogatepass")
+    if isinstance(value, int):
+        return "int", int.__format__(value, "x").encode()  # of any length: decimal has a limit
+    if isinstance(value, float):
+        return "float", float.hex(value).encode()
+    if isinstance(value, bytes | bytearray):
+        return "bytes", bytes(value)
+    kind = next((kind for kind in _TOLD_BY_TEXT if isinstance(value, kind)), None)
+    return kind and (kind.__name__, str(value).encode())
+
+
+def _whole(value: object) -> tuple[str, bytes]:
+    named = value if isinstance(value, Mapping) else _fields_of(value)
+    if named is not None:
+        return "mapping", b"".join(sorted(_hash(key) + _hash(named[key]) for key in named))
+    if isinstance(value, AbstractSet):
+        return "set", b"".join(sorted(map(_hash, value)))
+    if isinstance(value, list | tuple | deque):
+        return "list", b"".join(map(_hash, value))
+    raise TypeError(f"a {type(value).__name__} has no form that stays the same")
+
+
+def _fields_of(value: Any) -> Mapping[str, Any] | None:
+    """Return what has names of an object; None if it has no such thing."""
+    if isinstance(value, BaseModel):
+        named = {name: getattr(value, name) for name in type(value).model_fields}
+        named |= value.model_extra or {}
+        if isinstance(value, BaseMessage) and not isinstance(value, RemoveMessage):
+            named["id"] = None if _MADE_UP.fullmatch(value.id or "") else value.id
+        return named
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    asdict = getattr(value, "_asdict", None)  # a named tuple's
+    return dict(asdict()) if asdict and isinstance(value, tuple) else None

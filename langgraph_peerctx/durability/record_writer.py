@@ -144,8 +144,7 @@ class RecordWriter:
             for agent_id in agents:
                 self._last += 1
                 self._append(_Entry(fact, agent_id, self._last))
-            if self._thread is None:
-                self._start()
+            self._start()
             if is_first:  # or else the thread knows already
                 self._changed.notify_all()
 
@@ -159,8 +158,7 @@ class RecordWriter:
             if self._settled >= last:
                 return True
             self._hurried = True
-            if self._thread is None:
-                self._start()
+            self._start()
             self._changed.notify_all()
             self._changed.wait_for(
                 lambda: self._settled >= last or self._failures > failures, timeout_seconds
@@ -192,6 +190,9 @@ class RecordWriter:
         return is_stored
 
     def _start(self) -> None:
+        """See that the thread runs; it may have died of what a hook or a log handler raised."""
+        if self._thread is not None and self._thread.is_alive():
+            return
         self._thread = threading.Thread(target=self._serve, name="peerctx-recorder", daemon=True)
         self._thread.start()
 
@@ -286,7 +287,7 @@ class RecordWriter:
                 fact.interaction = self._render(store, fact)
             except PeerContextError:  # the store's: it will be tried again
                 raise
-            except Exception as error:  # noqa: BLE001 - one must not keep the others out for ever
+            except BaseException as error:  # noqa: BLE001 - it must keep no other out, nor end us
                 self._counters["unstorable"] += 1
                 _logger.warning("a %s is not recorded: %s", fact.kind, type(error).__name__)
         return fact.interaction

@@ -52,7 +52,7 @@ class PayloadRules:
         try:
             # Plain before, so that the hook sees JSON; plain after, as it may return anything.
             found: object = self._redact(plain_object(payload))
-        except Exception as error:  # noqa: BLE001 - the caller's own code
+        except BaseException as error:  # noqa: BLE001 - the caller's own code, in our thread
             return {"redacted": f"the redact hook raised {type(error).__name__}"}
         if not isinstance(found, dict):
             return {"redacted": f"the redact hook returned a {type(found).__name__}, not a dict"}

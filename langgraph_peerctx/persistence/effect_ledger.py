@@ -328,6 +328,8 @@ class EffectLedger(Runs):
                 peer_id=new.peer_id,
                 if_unknown=new.if_unknown,
                 has_check=int(new.has_check),
+                run_id=plain_text(new.run_id),
+                position=plain_text(new.position),
                 source=None,
                 unknown_at=None,
                 unknown_to=None,
@@ -336,19 +338,34 @@ class EffectLedger(Runs):
         )
 
     def _up_to_date(self, connection: Connection, found: Effect, new: NewEffect) -> Effect:
-        """Bring the terms of an effect in doubt up to date, and return it."""
-        now = replace(
-            found,
-            peer_id=found.peer_id or new.peer_id,
-            if_unknown=new.if_unknown,
-            has_check=new.has_check,
-        )
-        if now == found or found.status != "intent":
+        """Bring the terms of an effect in doubt up to date, and return it.
+
+        Of one of the whole thread that includes the run that has come to it, and where, which asks
+        about it from now on. What a human has said of one can be put right for as long as the
+        workflow comes to it again: so there it counts, too.
+        """
+        now = replace(found, run_id=plain_text(new.run_id), position=plain_text(new.position))
+        if found.status == "intent":
+            now = replace(
+                now,
+                peer_id=found.peer_id or new.peer_id,
+                if_unknown=new.if_unknown,
+                has_check=new.has_check,
+            )
+        elif found.source != "human":
+            return found
+        if now == found:
             return found
         connection.execute(
             update(effects)
             .where(effects.c.agent_id == new.agent_id, effects.c.effect_id == new.effect_id)
-            .values(peer_id=now.peer_id, if_unknown=now.if_unknown, has_check=int(now.has_check))
+            .values(
+                run_id=now.run_id,
+                position=now.position,
+                peer_id=now.peer_id,
+                if_unknown=now.if_unknown,
+                has_check=int(now.has_check),
+            )
         )
         return now
 

@@ -27,6 +27,8 @@ IncidentStatus = Literal["open", "recovering", "waiting_for_human", "recovered",
 
 HANDED_OVER = "handed-over"
 """Stands for the dead incarnation where nobody died: the run was given back."""
+BY_HAND = "not-known"
+"""Stands for it where somebody recovered by hand what no record says who lost it."""
 
 _MICROSECONDS = 1_000_000
 _JSON = ("question", "answer", "result", "report")
@@ -238,19 +240,61 @@ class ControlDatabase(EffectLedger):
 
         self._work(work, transaction=True)
 
-    def answer(self, incident_id: str, answer: object) -> Incident:
+    def keep_recovery(
+        self,
+        lease: Lease,
+        run_id: str | None,
+        *,
+        recoverer_id: str,
+        result: Mapping[str, Any],
+        report: Mapping[str, Any],
+    ) -> None:
+        """Write down a recovery that was made by hand, of a run that was nobody's to claim.
+
+        Args:
+            lease: Under which it was made; the thread has been given back since.
+            run_id: The run, where it is known.
+            recoverer_id: The process that made it.
+            result: How it ended.
+            report: Its record; it names the incident.
+        """
+        row = self._insert_into(incidents).values(
+            incident_id=report["incident_id"],
+            agent_id=lease.agent_id,
+            thread_id=lease.thread_id,
+            dead_incarnation=BY_HAND,
+            lost_epoch=lease.epoch,
+            run_id=run_id,
+            status="recovered",
+            attempts=1,
+            epoch=lease.epoch,
+            recoverer_id=recoverer_id,
+            result=_json(result),
+            report=_json(report),
+            opened_at=self._now,
+            updated_at=self._now,
+        )
+        self._work(lambda connection: connection.execute(row.on_conflict_do_nothing()))
+
+    def answer(self, incident_id: str, answer: object, *, question: Json | None = None) -> Incident:
         """Answer an incident's question; the next supervisor that looks goes on with it.
 
         Args:
             incident_id: Whose question.
             answer: Plain JSON.
+            question: The question that was seen; by default the one that is asked now.
 
         Raises:
-            ConfigurationError: If there is no such incident, or it asks nothing.
+            ConfigurationError: If there is no such incident, or it asks nothing, or something else.
             ProtocolError: If the answer is no plain JSON.
         """
         found = self.incident(incident_id)
         asked = None if found is None else (found.question or {}).get("question_id")
+        if question is not None and question.get("question_id") != asked:
+            raise ConfigurationError(
+                f"incident {incident_id} asks something else by now: see `peerctx incidents show "
+                f"{incident_id:.8}`, and answer that"
+            )
         kept = json_text({"value": answer, "question_id": asked}, name="answer")
         asks = found is not None and found.question is not None and found.answer is None
         if found is not None and asks and found.status == "recovering":

@@ -33,8 +33,9 @@ def answer_recovery(
         settings.control_url, timeout_seconds=settings.database_timeout_seconds
     ) as control:
         found = control.incident(incident_id)
-        see_that_it_is_understood(None if found is None else found.question, answer)
-        return control.answer(incident_id, answer)
+        question = None if found is None else found.question
+        see_that_it_is_understood(question, answer)
+        return control.answer(incident_id, answer, question=question)
 
 
 async def aanswer_recovery(

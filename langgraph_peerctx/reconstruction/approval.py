@@ -82,7 +82,7 @@ def what_to_approve(
         "coverage": evidence["coverage"],
         "conflicts": evidence["conflicts"],
         "in_doubt": evidence["in_doubt"],
-        "effects": evidence["effects"],
+        "run_effects": evidence["effects"],
         "consumed": evidence["consumed"],
         "reasons": evidence["reasons"],
         **said,

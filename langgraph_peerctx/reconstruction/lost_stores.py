@@ -2,8 +2,8 @@
 
 The agent's own stores are gone with its host. What its peers hold of the run names its id and its
 epoch: under the same id each effect has the same key again, so that a peer knows a repeated one. An
-effect that no ledger knows any more is in doubt until its peer has told, also where nobody remembers
-the run: what reaches no peer, or one that keeps nothing, leaves no trace.
+effect that no ledger knows any more is in doubt until its peer has told. So it is where nobody
+remembers the run, too: what reaches no peer, or one that keeps nothing, leaves no trace.
 """
 
 import time
@@ -162,11 +162,14 @@ class Begun:
     """A run that was begun anew.
 
     Attributes:
+        thread: Its thread, under our lease.
         workflow: Behind its fence.
         place: What to run it with.
         error: What it raised, if it did: for whoever runs it to set.
     """
 
+    thread: OwnedThread
+    run_id: str
     workflow: Workflow
     place: RunnableConfig
     error: Exception | None = None
@@ -240,6 +243,8 @@ class LostStores:
         with_effects = effects.go_along({**place, "metadata": metadata})
         recorder = recorder_of(agent_id)
         begun = Begun(
+            thread=thread,
+            run_id=run.run_id,
             workflow=behind,
             place=but_its_own(recorded(with_effects, recorder), workflow.config),
         )

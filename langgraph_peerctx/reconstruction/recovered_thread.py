@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict
 
 from langchain_core.runnables import RunnableConfig
 
@@ -25,10 +25,18 @@ from langgraph_peerctx.reconstruction.resume import (
     deliver_at_head,
     deliver_at_start,
 )
-from langgraph_peerctx.reconstruction.settling import doubtful
+from langgraph_peerctx.reconstruction.settling import doubtful, is_ahead
 from langgraph_peerctx.reconstruction.sources import EvidenceQuery, Sources, existing_store
 
 _logger = logging.getLogger(__name__)
+
+
+class _FromHere(TypedDict):
+    """Where the workflow goes on; see `settling.is_ahead`."""
+
+    run_id: str
+    after: int | None
+    finished: set[str]
 
 
 class RecoveredThread:
@@ -56,7 +64,10 @@ class RecoveredThread:
         return replace(known, run_ids=(view.run_id,), is_sure=True, since=since)
 
     def digest(self, state: RecoveryState) -> str | None:
-        """Return what tells the run from others by what it was given."""
+        """Return what tells the run from others by what it was given; of a redacted one nothing."""
+        admitted = self.plan.admitted
+        if admitted is not None and admitted.inputs[0].is_redacted:
+            return None
         given = self.initial_state(state)
         return None if given is None else digest_of(given)
 
@@ -84,12 +95,12 @@ class RecoveredThread:
     @staticmethod
     def doubted(state: RecoveryState, effects: Sequence[Effect]) -> list[Effect]:
         """Return of effects those that a human must be asked about."""
-        return doubtful(
-            effects,
-            run_id=state.get("run_id") or "",
-            after=_after(state),
-            finished=_finished_nodes(state),
-        )
+        return doubtful(effects, **_from_here(state))
+
+    @staticmethod
+    def is_ahead(state: RecoveryState, effect: Effect) -> bool:
+        """Tell whether the workflow may come to an effect, once more or for the first time."""
+        return is_ahead(effect, **_from_here(state))
 
     async def effects(self, run_id: str | None) -> list[Effect]:
         """Return a run's effects; none where the thread is not ours."""
@@ -188,8 +199,20 @@ def _after(state: Mapping[str, Any]) -> int | None:
     return step
 
 
-def _finished_nodes(state: Mapping[str, Any]) -> set[str]:
-    """Return the nodes of the open superstep that have finished all their tasks."""
+def _from_here(state: RecoveryState) -> _FromHere:
+    return {
+        "run_id": state.get("run_id") or "",
+        "after": _after(state),
+        "finished": _finished(state),
+    }
+
+
+def _finished(state: Mapping[str, Any]) -> set[str]:
+    """Return what has finished in the open superstep: nodes with all their tasks, and `Send`s.
+
+    LangGraph names the tasks of `Send`s first, in the order of their index (1.2.22).
+    """
     tasks = (state.get("checkpoint") or {}).get("tasks", [])
     unfinished = {task["name"] for task in tasks if task["state"] != "finished"}
-    return {task["name"] for task in tasks} - unfinished
+    sent = {f"{t['name']}[{i}]" for i, t in enumerate(tasks) if t["state"] == "finished"}
+    return {task["name"] for task in tasks} - unfinished | sent

@@ -64,9 +64,14 @@ from langgraph_peerctx.reconstruction.recovery_plan import RecoveryPlan
 from langgraph_peerctx.reconstruction.report import Noticed
 from langgraph_peerctx.reconstruction.result import RecoveryResult
 from langgraph_peerctx.reconstruction.resume import Admitted, Given
-from langgraph_peerctx.reconstruction.settling import OwnedThread
+from langgraph_peerctx.reconstruction.settling import (
+    OwnedThread,
+    is_about_effects,
+    named,
+    read_answer,
+)
 from langgraph_peerctx.reconstruction.sources import OwnEvents
-from langgraph_peerctx.reconstruction.standing import as_it_stands, kept, result_without
+from langgraph_peerctx.reconstruction.standing import as_it_stands, kept, result_without, storable
 from langgraph_peerctx.runtime import PeerContextRuntime
 
 _logger = logging.getLogger(__name__)
@@ -247,6 +252,7 @@ class Recoverer:
         """Recover a thread if it needs it, and say what is with it otherwise.
 
         Raises:
+            ConfigurationError: If `answers` are none; nothing was run.
             StoreError: If the control database failed.
         """
         control = self._ownership.control
@@ -265,13 +271,16 @@ class Recoverer:
         """Use what the caller knows and nobody knew before: answers, or an input."""
         control = self._ownership.control
         incident = control.incident_of(agent_id, thread_id)
-        if incident is None:
+        if incident is None or incident.status == "recovered":
             return
-        asks = incident.question is not None and "effects" in incident.question
+        if self._answers:  # one that is none is refused before anything is claimed
+            effects = control.effects_of(agent_id, thread_id, incident.run_id or "")
+            read_answer(self._answers, named(effects), may_be_bare=False)
+        asks = incident.question is not None and is_about_effects(incident.question)
         if incident.status == "waiting_for_human" and asks and self._answers:
-            control.answer(incident.incident_id, self._answers)
-        elif incident.status == "dead_letter" and (
-            self._answers or self._initial_state is not None
+            control.answer(incident.incident_id, self._answers, question=incident.question)
+        elif (incident.status in ("open", "dead_letter") and self._answers) or (
+            incident.status == "dead_letter" and self._initial_state is not None
         ):
             control.redrive(incident.incident_id)
 
@@ -322,7 +331,7 @@ class Recoverer:
             question=question,
             report=plain(report),
             counts=False,
-            retry_seconds=_patience(incident) if "effects" in question else None,
+            retry_seconds=_patience(incident) if is_about_effects(question) else None,
         )
         reason = f"waiting_for_human: {incident.incident_id[:8]} asks: {question.get('question')}"
         result = result_without(incident, "waiting_for_human", reason[:400])
@@ -464,7 +473,7 @@ class Recoverer:
 
     async def _settle(self, recovery: Recovery, settlement: Settlement) -> bool:
         """Write the end down, whoever is cancelled meanwhile; tell whether it was ours to write."""
-        write = partial(self._settled, recovery, settlement)
+        write = partial(self._settled, recovery, storable(recovery.run, settlement))
         settling = asyncio.ensure_future(self._ownership.control.in_thread(write))
         try:
             is_ours = await asyncio.shield(settling)

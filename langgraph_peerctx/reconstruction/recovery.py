@@ -25,8 +25,10 @@ from langgraph_peerctx.nodes.on_runtime import Update, Work
 from langgraph_peerctx.nodes.peer_context_subgraph import Limits
 from langgraph_peerctx.owned import unowned
 from langgraph_peerctx.persistence.database import open_in_thread
-from langgraph_peerctx.persistence.incidents import ControlDatabase
+from langgraph_peerctx.persistence.incidents import ControlDatabase, Settlement
 from langgraph_peerctx.persistence.inspection import has_schema
+from langgraph_peerctx.persistence.runs import Run
+from langgraph_peerctx.protocol.looking import plain
 from langgraph_peerctx.protocol.messages import InDoubtKey
 from langgraph_peerctx.reconstruction.gap_filling import Inference
 from langgraph_peerctx.reconstruction.incident import OnStep
@@ -37,7 +39,7 @@ from langgraph_peerctx.reconstruction.recovery_plan import RecoveryPlan
 from langgraph_peerctx.reconstruction.result import RecoveryResult
 from langgraph_peerctx.reconstruction.settling import OwnedThread
 from langgraph_peerctx.reconstruction.sources import ContextRuntime
-from langgraph_peerctx.reconstruction.standing import as_it_stands
+from langgraph_peerctx.reconstruction.standing import as_it_stands, kept, storable
 from langgraph_peerctx.runtime import PeerContextRuntime
 
 
@@ -116,6 +118,10 @@ async def recover_and_resume_workflow_async(
         StoreError: If the checkpointer could not be read; nothing was run.
         RecoveryError: If the thread cannot be read as this workflow's; nothing was run.
     """
+    if not isinstance(answers, Mapping | None):
+        raise ConfigurationError(
+            f"answers={answers!r:.80}: expected a dict from each effect's key to what became of it"
+        )
     settings = settings or (runtime.settings if runtime else PeerContextSettings())
     source = _Borrowed(runtime) if runtime else _Opened(settings)
     plan = RecoveryPlan(
@@ -151,7 +157,11 @@ async def recover_and_resume_workflow_async(
     standing = await standing_of(settings, agent_id, thread_id)
     async with source:
         if standing == "unknown":
-            return await _recovered(replace(plan, lost=_lost_stores(source, plan)), order)
+            steps = RecoverySteps(replace(plan, lost=_lost_stores(source, plan)))
+            result = await _recovered(steps, order)
+            if steps.begun is not None:
+                await _keep(steps.begun.thread, None, result)
+            return result
         owning = await source.owning()
         ownership = await owning.own()
         if standing == "open":
@@ -171,9 +181,8 @@ async def recover_and_resume_workflow_async(
         return await _recovered_under_a_lease(plan, order, ownership, calls)
 
 
-async def _recovered(plan: RecoveryPlan, order: Mapping[str, Any]) -> RecoveryResult:
+async def _recovered(steps: RecoverySteps, order: Mapping[str, Any]) -> RecoveryResult:
     """Run the recovery graph once, without a checkpointer."""
-    steps = RecoverySteps(plan)
     agent_id, thread_id = order["failed_agent_id"], order["thread_id"]
     with tracing.span("peerctx.recovery", agent_id=agent_id, thread_id=thread_id) as span:
         state = await in_empty_context(
@@ -199,9 +208,39 @@ async def _recovered_under_a_lease(
         thread = OwnedThread(ownership=ownership, held=held, calls=calls)
         ended = await ownership.control.anewest_run(agent_id, thread_id)
         plan = replace(plan, workflow=behind, thread=thread, ended=ended)
-        return await _recovered(plan, order)
+        result = await _recovered(RecoverySteps(plan), order)
+        await _keep(thread, ended, result)
+        return result
     finally:
         await ownership.release(agent_id, thread_id)
+
+
+async def _keep(thread: OwnedThread, ended: Run | None, result: RecoveryResult) -> None:
+    """Keep the record of a recovery that brought a run on; the run counts, whatever becomes of it.
+
+    Args:
+        thread: Whose it was, under our lease.
+        ended: The run, where its record was there.
+        result: How it ended.
+    """
+    if not result["recovered"]:
+        return
+    report = plain(result["incident"])
+    how = Settlement(status="recovered", end_kind="returned", result=kept(result), report=report)
+    how = how if ended is None else storable(ended, how)
+    ownership = thread.ownership
+    keep = partial(
+        ownership.control.keep_recovery,
+        thread.held.lease,
+        result["incident"]["run_id"],
+        recoverer_id=ownership.owner.owner_id,
+        result=how.result or {},
+        report=how.report or {},
+    )
+    try:
+        await ownership.control.in_thread(keep)
+    except StoreError as error:
+        _logger.warning("the record of a recovery cannot be kept: %s", error)
 
 
 _logger = logging.getLogger(__name__)

@@ -19,6 +19,7 @@ from langgraph.runtime import get_runtime
 from langgraph.types import Durability, RetryPolicy, interrupt
 
 from langgraph_peerctx.config import PeerContextSettings
+from langgraph_peerctx.durability.effects import Settled
 from langgraph_peerctx.durability.run_config import but_its_own
 from langgraph_peerctx.durability.workflow import (
     Workflow,
@@ -27,7 +28,7 @@ from langgraph_peerctx.durability.workflow import (
     of_run,
     safest_durability,
 )
-from langgraph_peerctx.errors import BrokerUnavailableError
+from langgraph_peerctx.errors import BrokerUnavailableError, ConfigurationError
 from langgraph_peerctx.gathering.gatherer import OnAnswer
 from langgraph_peerctx.gathering.peer_context import PeerContext
 from langgraph_peerctx.identifiers import check_id, new_id
@@ -54,7 +55,7 @@ from langgraph_peerctx.reconstruction.incident import (
     tell,
     timed,
 )
-from langgraph_peerctx.reconstruction.lost_stores import said_of, what_is_missing
+from langgraph_peerctx.reconstruction.lost_stores import Begun, said_of, what_is_missing
 from langgraph_peerctx.reconstruction.recovered_thread import RecoveredThread
 from langgraph_peerctx.reconstruction.recovery_plan import (
     RecoveryInput,
@@ -72,12 +73,16 @@ from langgraph_peerctx.reconstruction.resume import (
     resume_workflow,
 )
 from langgraph_peerctx.reconstruction.settling import (
-    answers_in,
+    OwnedThread,
+    answer_of,
     effect_json,
+    is_said,
     keys_of,
-    question_of,
+    lines_on,
+    named,
+    read_answer,
+    too_late,
     what_to_settle,
-    why_unknown,
     words_on,
 )
 from langgraph_peerctx.reconstruction.sources import EvidenceQuery, collect_own_events, nobody_asked
@@ -166,6 +171,7 @@ class RecoverySteps:
     Attributes:
         final_state: What the recovered workflow returned, as it is: the state keeps it as JSON.
         error: What it raised, if it did.
+        begun: The run, where one of which no record was left was begun anew.
     """
 
     def __init__(self, plan: RecoveryPlan) -> None:
@@ -174,6 +180,7 @@ class RecoverySteps:
         self._thread = RecoveredThread(plan)
         self.final_state: Any = None
         self.error: Exception | None = None
+        self.begun: Begun | None = None
         self._of_the_lost: tuple[str, ...] = ()
         settings, source = plan.settings, plan.source
         self._position = Position(settings, source, plan.thread.epoch if plan.thread else 0)
@@ -317,6 +324,7 @@ class RecoverySteps:
             found["peer_context"],
             is_exact=view.exists or plan.admitted is not None,
             but=(plan.channel,),
+            settings=plan.settings_now(),
         )
         return with_inferred(found, inferred)
 
@@ -330,42 +338,79 @@ class RecoverySteps:
         thread, run_id = self.plan.thread, state.get("run_id")
         if thread is None or run_id is None:
             return {}
-        by_human = [e for e in await self._thread.effects(run_id) if e.source == "human"]
-        for effect, said in answers_in(self.plan.answers, by_human, may_be_bare=False):
-            await thread.amend(effect, said)
-        if not state["doubts"]:
-            return {}
-        may_be_bare = len(state["doubts"]) == 1
-        await self._answered(self.plan.answers, state, may_be_bare=may_be_bare)
+        late, unclear, refused = await self._heard(thread, state)
         if thread.epoch != state["epoch"]:
             await thread.ask_again(await self._thread.doubtful(state), run_id)
-        unclear: object = None
+        asked = self.plan.use_peer_context
         while open_ones := await self._thread.doubtful(state):
+            known = await self._thread.effects(run_id)
             if not self.plan.can_ask or any(e.if_unknown == "fail" for e in open_ones):
-                asked = self.plan.use_peer_context
-                reasons = [f"{question_of(e)} {why_unknown(e, asked=asked)}" for e in open_ones]
-                return {"result": await self._stopped_in_doubt(state, reasons)}
-            answer = interrupt(
+                if refused is not None:
+                    raise refused
+                lines = lines_on(open_ones, known, asked=asked)
+                result = await self._stopped_in_doubt(state, lines)
+                return {"result": {**result, "reasons": [*late, *result["reasons"]]}}
+            # What it returns was said to a question before this one, and has been used.
+            interrupt(
                 what_to_settle(
                     open_ones,
-                    asked=self.plan.use_peer_context,
+                    among=known,
+                    asked=asked,
                     consumed=state["evidence"]["consumed"],
+                    too_late=late,
                     unclear=unclear,
                 )
             )
-            unclear = answer
-            await self._answered(answer, state, may_be_bare=may_be_bare)
+        if refused is not None:
+            raise refused
+        evidence = state["evidence"]
         effects = [effect_json(effect) for effect in await self._thread.effects(run_id)]
-        return {"evidence": {**state["evidence"], "effects": effects}}
+        reasons = [*evidence["reasons"], *late]
+        return {"evidence": {**evidence, "effects": effects, "reasons": reasons}}
 
-    async def _answered(self, answer: object, state: RecoveryState, *, may_be_bare: bool) -> None:
-        """Write down what a human says of effects in doubt."""
-        thread = self.plan.thread
-        if thread is None or (not answer and answer is not False):
-            return
-        open_ones = await self._thread.doubtful(state)
-        for effect, settled in answers_in(answer, open_ones, may_be_bare=may_be_bare):
-            await thread.settle(effect, settled, "human")
+    async def _heard(
+        self, thread: OwnedThread, state: RecoveryState
+    ) -> tuple[list[str], object, ConfigurationError | None]:
+        """Use what a human says of effects: to the incident's question, and by hand.
+
+        Returns:
+            What came too late, what is no answer, and why what was said by hand is none.
+        """
+        known = await self._thread.effects(state.get("run_id"))
+        incident = await thread.incident(state["incident_id"]) if self.plan.can_ask else None
+        given = None if incident is None or incident.answer is None else incident.answer["value"]
+        late, unclear, by_hand = list[str](), None, self.plan.answers
+        if given is not None and given != by_hand:  # by hand it is both, and read as such
+            try:
+                said = answer_of(incident, self._thread.doubted(state, known), known)
+                late += await self._answered(thread, said, state)
+            except ConfigurationError:
+                unclear = given
+        if by_hand:
+            try:
+                said = read_answer(by_hand, named(known), may_be_bare=False)
+                late += await self._answered(thread, said, state)
+            except ConfigurationError as refused:
+                return late, by_hand, refused
+        return late, unclear, None
+
+    async def _answered(
+        self, thread: OwnedThread, said: Mapping[str, Settled], state: RecoveryState
+    ) -> list[str]:
+        """Write down what a human says of effects; return what came too late, and why."""
+        late = []
+        for effect in await self._thread.effects(state.get("run_id")):
+            told = said.get(effect.key)
+            if told is None or is_said(effect, told):
+                continue
+            why = too_late(effect, is_ahead=self._thread.is_ahead(state, effect))
+            if why is not None:
+                late.append(why)
+            elif effect.status == "intent":
+                await thread.settle(effect, told, "human")
+            else:
+                await thread.amend(effect, told)
+        return late
 
     def _missing_witnesses(self, state: RecoveryState) -> str | None:
         """Say what must be known before a run is begun anew of which no record is left."""
@@ -433,8 +478,11 @@ class RecoverySteps:
                 before.checkpoint_id,
                 timeout_seconds=plan.settings_now().database_timeout_seconds,
             )
-        moments = {**state, "first_checkpoint_at": first_at}
-        effects = await self._thread.effects(state.get("run_id"))
+        run_id, thread = state.get("run_id"), plan.thread
+        if self.begun is not None:
+            run_id, thread = self.begun.run_id, self.begun.thread
+        moments = {**state, "run_id": run_id, "first_checkpoint_at": first_at}
+        effects = [] if thread is None else await thread.known(run_id)
         if effects:
             evidence = {**evidence, "effects": [effect_json(effect) for effect in effects]}
         ending = conclude(plan.workflow, decision, delivery, outcome, before=before, after=after)
@@ -492,8 +540,8 @@ class RecoverySteps:
             **options,
         )
         async with beginning as begun:
-            run_id = str((begun.place.get("metadata") or {}).get("run_id"))
-            self._of_the_lost = (said_of(known, run_id),)
+            self.begun = begun
+            self._of_the_lost = (said_of(known, begun.run_id),)
             outcome = await resume_workflow(begun.workflow, begun.place, delivery, **options)
             begun.error = outcome.error
             return outcome

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import logging
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -21,7 +22,7 @@ from langgraph_peerctx.errors import ConfigurationError, ProtocolError, StoreErr
 from langgraph_peerctx.gathering.peer_context import PeerContext
 from langgraph_peerctx.persistence.database import open_in_thread
 from langgraph_peerctx.persistence.effect_ledger import Effect, EffectSource, unsettled
-from langgraph_peerctx.persistence.incidents import ControlDatabase
+from langgraph_peerctx.persistence.incidents import ControlDatabase, Incident
 from langgraph_peerctx.persistence.inspection import has_schema
 from langgraph_peerctx.protocol.json_values import plain
 from langgraph_peerctx.protocol.messages import InDoubtAnswer, InDoubtKey, Json
@@ -30,7 +31,17 @@ from langgraph_peerctx.reconstruction.checkpoint import CheckpointView
 
 _logger = logging.getLogger(__name__)
 
+_PLACE = re.compile(r"(?P<node>[^@]*)@-?\d+(?P<index>(\[\d+\])?)")
+"""Of a position, what stands in the graph itself; see `positions`."""
+_HOW_TO_ANSWER = (
+    'true if it happened, and its outcome is null; {"happened": true, "reply": ...}, and no other '
+    "field, with its outcome; false if it did not happen, and will not any more. Of several, an "
+    "object from name or key to that"
+)
+_TOLD: dict[str | None, str] = {"own": "the run itself", "peer": "its peer", "check": "its check"}
 ASKED_AT_ONCE = 16
+MOST_SHOWN = 10
+"""So many effects are named to whoever has given an answer that is none."""
 MOST_KEYS = 1_000
 """So many keys go into one request."""
 
@@ -109,6 +120,15 @@ class OwnedThread:
         """
         control = self.ownership.control
         await control.in_thread(partial(control.amend, effect, said.verdict, said.reply))
+
+    async def incident(self, incident_id: str) -> Incident | None:
+        """Return an incident, with what it asks and what was answered.
+
+        Raises:
+            StoreError: If the control database failed.
+        """
+        control = self.ownership.control
+        return await control.in_thread(partial(control.incident, incident_id))
 
     async def ask_again(self, doubtful: Iterable[Effect], run_id: str) -> None:
         """Ask the peers of effects in doubt once more, and write down what they say.
@@ -221,8 +241,8 @@ def doubtful(
         effects: A run's, and those of its thread: of another run's the workflow asks if it comes
             to them.
         run_id: The run.
-        after: The superstep that the checkpoint closes; None if the run begins anew.
-        finished: Nodes of the next one that have finished all their tasks.
+        after: As in `is_ahead`.
+        finished: As in `is_ahead`.
     """
     return [
         effect
@@ -230,13 +250,38 @@ def doubtful(
         if effect.if_unknown != "retry"
         and (not effect.has_check or effect.unknown_to == "check")
         and effect.run_id == run_id
-        and (after is None or effect.superstep > after)
-        and not (effect.superstep - 1 == after and _node_of(effect) in finished)
+        and is_ahead(effect, run_id=run_id, after=after, finished=finished)
     ]
 
 
-def _node_of(effect: Effect) -> str:
-    return unquote(effect.position.partition("@")[0])
+def is_ahead(
+    effect: Effect, *, run_id: str, after: int | None, finished: Collection[str] = ()
+) -> bool:
+    """Tell whether the workflow may come to an effect, once more or for the first time.
+
+    To one of its thread that another run has written it may: nobody knows.
+
+    Args:
+        effect: A run's, or of its thread.
+        run_id: The run.
+        after: The superstep that the checkpoint closes; None if the run begins anew.
+        finished: What has finished in the next one: nodes with all their tasks, and `Send`s of
+            them, as `node[index]`.
+    """
+    if effect.run_id != run_id or after is None:
+        return True
+    if effect.superstep - 1 == after:
+        return finished_as(effect).isdisjoint(finished)
+    return effect.superstep > after
+
+
+def finished_as(effect: Effect) -> set[str]:
+    """Return what is finished if an effect's task is: its node, or its `Send`."""
+    found = _PLACE.match(effect.position)
+    if found is None:
+        return set()
+    node = unquote(found["node"])
+    return {node, node + found["index"]}
 
 
 def why_unknown(effect: Effect, *, asked: bool) -> str:
@@ -250,11 +295,44 @@ def why_unknown(effect: Effect, *, asked: bool) -> str:
     return "It is silent."
 
 
-def question_of(effect: Effect) -> str:
-    """Put plainly what a human is asked."""
+def question_of(effect: Effect, among: Iterable[Effect]) -> str:
+    """Put plainly what a human is asked; where others have its name, of which."""
+    called = _called(effect, among)
     if effect.peer_id is None:
-        return f"Did {effect.name!r} happen?"
-    return f"Did {effect.name!r} reach {effect.peer_id}?"
+        return f"Did {called} happen?"
+    return f"Did {called} reach {effect.peer_id}?"
+
+
+def _called(effect: Effect, among: Iterable[Effect]) -> str:
+    if named(among).get(effect.name) is not None:
+        return repr(effect.name)
+    return f"{effect.name!r} ({effect.key}, at {effect.position})"
+
+
+def lines_on(effects: Iterable[Effect], among: Sequence[Effect], *, asked: bool) -> list[str]:
+    """Say of each effect in doubt what a human is asked, and why nobody could tell."""
+    return [f"{question_of(e, among)} {why_unknown(e, asked=asked)}" for e in effects]
+
+
+def named(effects: Iterable[Effect]) -> dict[str, str | None]:
+    """Return how an answer may call effects: by their keys, or by a name that no other has.
+
+    Args:
+        effects: All of the run: one that is settled has its name too.
+
+    Returns:
+        From name or key to key; None for the name of several.
+    """
+    return _named((effect.name, effect.key) for effect in effects)
+
+
+def _named(effects: Iterable[tuple[str, str]]) -> dict[str, str | None]:
+    names: dict[str, str | None] = {}
+    keys: dict[str, str | None] = {}
+    for name, key in effects:
+        names[name] = None if name in names else key
+        keys[key] = key
+    return names | keys
 
 
 def question_id(*parts: object) -> str:
@@ -263,43 +341,147 @@ def question_id(*parts: object) -> str:
 
 
 def what_to_settle(
-    effects: Sequence[Effect], *, asked: bool, consumed: Sequence[Json], unclear: object = None
+    effects: Sequence[Effect],
+    *,
+    among: Sequence[Effect],
+    asked: bool,
+    consumed: Sequence[Json] = (),
+    too_late: Sequence[str] = (),
+    unclear: object = None,
 ) -> Json:
-    """Return what a human is shown: each effect in doubt, and how to answer."""
-    lines = [f"{question_of(e)} {why_unknown(e, asked=asked)}" for e in effects]
+    """Return what a human is shown: each effect in doubt, and how to answer.
+
+    Args:
+        effects: Those in doubt.
+        among: All of the run.
+        asked: Whether peers were.
+        consumed: What peers have taken from the agent after its checkpoint.
+        too_late: What was said before and cannot count any more.
+        unclear: What was said before and is no answer.
+    """
     said: Json = {} if unclear is None else {"not_understood": repr(unclear)[:200]}
+    before = [*too_late, *(f"{text} is no answer." for text in said.values())]
+    names = named(among)
+    in_doubt = {e.name: names.get(e.name) for e in effects}
     return {
-        "question": " ".join(lines),
+        "question": " ".join([*before, *lines_on(effects, among, asked=asked)]),
         "question_id": question_id("settle", *((e.key, e.attempt) for e in effects)),
-        "how_to_answer": (
-            'true if it happened, and its outcome is null; {"happened": true, "reply": ...} with '
-            "its outcome; false if it did not happen, and will not any more. Of several, an object "
-            "from name or key to that"
-        ),
-        "effects": [effect_json(effect) for effect in effects],
+        "how_to_answer": _how_to_answer(in_doubt),
+        "effects": [
+            {**effect_json(e), "answer_with": e.name if in_doubt[e.name] else e.key}
+            for e in effects
+        ],
         "consumed": list(consumed),
         **said,
     }
 
 
-def answers_in(
-    answer: object, effects: Sequence[Effect], *, may_be_bare: bool
-) -> list[tuple[Effect, Settled]]:
-    """Read what a human says of effects: what is clear of it.
+def _how_to_answer(names: Mapping[str, str | None]) -> str:
+    shared = ", ".join(repr(name) for name, key in names.items() if key is None)
+    return _HOW_TO_ANSWER + (f"; {shared} names several: of these, the full key" if shared else "")
+
+
+def read_answer(
+    answer: object, names: Mapping[str, str | None], *, may_be_bare: bool
+) -> dict[str, Settled]:
+    """Read what a human says of effects, wherever it comes from.
 
     Args:
-        answer: `{key or name: true | false | {"happened": ..., "reply": ...}}`, or of a single
-            effect the value alone.
-        effects: Those in doubt.
-        may_be_bare: Whether one alone was asked about.
+        answer: `{key or name: true | false | {"happened": ..., "reply": ...}}`.
+        names: How the effects may be called; see `named`.
+        may_be_bare: Whether, of a single effect, it may be the value alone.
+
+    Returns:
+        From key to what is said.
+
+    Raises:
+        ConfigurationError: If any of it is no answer; it says what would be.
     """
-    found = []
-    for effect in effects:
-        said = _said_of(effect, answer, effects, may_be_bare=may_be_bare)
-        settled = _settled(said)
-        if settled is not None:
-            found.append((effect, settled))
+    handles = _handles(names)
+    if isinstance(answer, Mapping) and answer and "happened" not in answer:
+        said = answer
+    elif may_be_bare and len(handles) == 1:
+        said = dict.fromkeys(handles, answer)
+    else:
+        raise _no_answer("it does not say of which effect", answer, names)
+    found: dict[str, Settled] = {}
+    for name, word in said.items():
+        key, settled = names.get(name), _settled(word)
+        if key is None or settled is None or key in found:
+            raise _no_answer(_why_not(name, word, names), answer, names)
+        found[key] = settled
     return found
+
+
+def _handles(names: Mapping[str, str | None]) -> dict[str, str]:
+    """Return what to call each effect, by its key: its name, if no other has it."""
+    found: dict[str, str] = {}
+    for name, key in names.items():
+        if key is not None:
+            found.setdefault(key, name)
+    return found
+
+
+def _why_not(name: object, word: object, names: Mapping[Any, str | None]) -> str:
+    if name not in names:
+        return f"{name!r:.80} is none of them"
+    if names[name] is None:
+        return f"{name!r:.80} is the name of several"
+    if _settled(word) is None:
+        return f"{word!r:.80} does not say whether it happened, and with which reply"
+    return f"{name!r:.80} is said twice"
+
+
+def _no_answer(why: str, answer: object, names: Mapping[str, str | None]) -> ConfigurationError:
+    handles = [repr(name) for name in _handles(names).values()]
+    more = [f"{len(handles) - MOST_SHOWN} more"] if len(handles) > MOST_SHOWN else []
+    about = ", ".join(handles[:MOST_SHOWN] + more) or "anything: no effect is known"
+    return ConfigurationError(
+        f"{why}: {answer!r:.80} is no answer about {about}: {_how_to_answer(names)}"
+    )
+
+
+def answer_of(
+    incident: Incident | None, open_ones: Sequence[Effect], among: Sequence[Effect]
+) -> dict[str, Settled]:
+    """Return what a human has answered to an incident's question, of what is in doubt still.
+
+    An answer counts for the question that stands beside it, or that would be asked now if none
+    does, and of that for the attempts that were asked about.
+
+    Raises:
+        ConfigurationError: If it is no answer to the question.
+    """
+    if incident is None or incident.answer is None:
+        return {}
+    given: Mapping[str, Any] = incident.answer
+    now = what_to_settle(open_ones, among=among, asked=False)
+    questions: list[Mapping[str, Any]] = [incident.question or now, now]
+    for question in questions:
+        if is_about_effects(question) and question["question_id"] == given["question_id"]:
+            said = read_answer(given["value"], _named_in(question), may_be_bare=True)
+            asked = {effect["key"]: effect["attempt"] for effect in question["effects"]}
+            still = {e.key for e in open_ones if asked.get(e.key) == e.attempt}
+            return {key: settled for key, settled in said.items() if key in still}
+    return {}
+
+
+def is_said(effect: Effect, said: Settled) -> bool:
+    """Tell whether what somebody says of an effect is what is known of it."""
+    if said.verdict == "seen":
+        return effect.status == "done" and effect.outcome == said.reply
+    return effect.status == "not_done"
+
+
+def too_late(effect: Effect, *, is_ahead: bool) -> str | None:
+    """Say why what a human says of an effect cannot count any more; None if it can."""
+    if not is_ahead:
+        why = "the workflow is past it and does not come to it again, so see to it by hand"
+    elif effect.source not in (None, "human"):
+        why = f"{_TOLD[effect.source]} has told what became of it"
+    else:
+        return None
+    return f"too_late: what was said of {effect.name!r} ({effect.key}) is not used: {why}."
 
 
 def see_that_it_is_understood(question: Mapping[str, Any] | None, answer: object) -> None:
@@ -314,22 +496,23 @@ def see_that_it_is_understood(question: Mapping[str, Any] | None, answer: object
     """
     if question is None:
         return
-    effects = question.get("effects")
-    if effects is None:
-        if is_approved(answer) is None:
-            raise ConfigurationError(f"{answer!r:.80} is no answer: {question.get('question')}")
-        return
-    said = answer if isinstance(answer, Mapping) and "happened" not in answer else None
-    known = {effect[name] for effect in effects for name in ("key", "name")}
-    if said is None:
-        wrong = _settled(answer) is None or len(effects) > 1
-    else:
-        wrong = not said or any(k not in known or _settled(v) is None for k, v in said.items())
-    if wrong:
-        names = ", ".join(repr(effect["name"]) for effect in effects)
-        raise ConfigurationError(
-            f"{answer!r:.80} is no answer about {names}: {question.get('how_to_answer')}"
-        )
+    if is_about_effects(question):
+        read_answer(answer, _named_in(question), may_be_bare=True)
+    elif is_approved(answer) is None:
+        raise ConfigurationError(f"{answer!r:.80} is no answer: {question.get('question')}")
+
+
+def is_about_effects(question: Mapping[str, Any]) -> bool:
+    """Tell whether effects in doubt are asked about; to approve a resume, some are shown, too."""
+    return "how_to_answer" in question
+
+
+def _named_in(question: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return how an answer may call the effects of a question that was asked."""
+    effects = question["effects"]
+    names = _named((effect["name"], effect["key"]) for effect in effects)
+    shared = {e["name"] for e in effects if e.get("answer_with", e["name"]) != e["name"]}
+    return names | dict.fromkeys(shared)
 
 
 def effect_json(effect: Effect) -> Json:
@@ -347,28 +530,21 @@ def effect_json(effect: Effect) -> Json:
     }
 
 
-def _said_of(
-    effect: Effect, answer: object, effects: Sequence[Effect], *, may_be_bare: bool
-) -> object:
-    if isinstance(answer, Mapping) and "happened" not in answer:
-        if effect.key in answer:
-            return answer[effect.key]
-        is_only_one = sum(other.name == effect.name for other in effects) == 1
-        return answer.get(effect.name) if is_only_one else None
-    return answer if may_be_bare else None
-
-
 def _settled(said: object) -> Settled | None:
+    """Read one word on one effect; None if it is none, or says what cannot be kept."""
     reply: JsonValue = None
+    has_reply = isinstance(said, Mapping) and "reply" in said
     if isinstance(said, Mapping):
+        if not {"happened"} <= said.keys() <= {"happened", "reply"}:
+            return None
         try:
             reply = plain(said.get("reply"), name="reply")
         except ProtocolError:
             return None
-        said = said.get("happened")
+        said = said["happened"]
     if isinstance(said, str):
         said = {"seen": True, "not_seen": False}.get(said.strip().lower(), said)
-    happened = is_approved(said)
-    if happened is None:
+    happened = None if isinstance(said, Mapping) else is_approved(said)
+    if happened is None or (has_reply and not happened):
         return None
     return Settled.happened(reply) if happened else Settled.did_not_happen()

@@ -1,11 +1,14 @@
 """What is with a thread that is not recovered here: somebody else is at it, was, or must be."""
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Final
 
-from langgraph_peerctx.persistence.incidents import Incident, IncidentStatus
-from langgraph_peerctx.persistence.runs import LostRun
+from langgraph_peerctx.durability.admission import is_redacted
+from langgraph_peerctx.persistence.incidents import Incident, IncidentStatus, Settlement
+from langgraph_peerctx.persistence.runs import LostRun, Run
 from langgraph_peerctx.protocol.looking import plain
 from langgraph_peerctx.reconstruction.incident import incident_record
 from langgraph_peerctx.reconstruction.result import RecoveryResult
@@ -79,6 +82,48 @@ def kept(result: RecoveryResult) -> dict[str, Any]:
         found["final_state"] = None
         found["reasons"] = [*found["reasons"], "cut: the final state is too long to be kept here"]
     return found
+
+
+_OURS: Final = re.compile(r"failed: \w+|\w+(?=: )")
+"""What of a reason is ours: its word, and of what was raised the type. The rest may quote."""
+
+
+def storable(run: Run, settlement: Settlement) -> Settlement:
+    """Return of a recovery's end what is stored; of a redacted run nothing that was in it; pure.
+
+    Args:
+        run: The run.
+        settlement: The end, with all that is known.
+    """
+    if not any(is_redacted(run, number) for number in range(len(run.inputs))):
+        return settlement
+    result = settlement.result
+    return replace(
+        settlement,
+        error=None if settlement.error is None else _ours(settlement.error),
+        result=result and _result_without_values(result),
+        report=_without_errors(settlement.report),
+    )
+
+
+def _result_without_values(result: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {**result, "final_state": None, "reasons": [_ours(said) for said in result["reasons"]]}
+
+
+def _without_errors(report: Any) -> Any:
+    """Return a record without what tasks have raised: it is in each view of a checkpoint."""
+    if isinstance(report, list):
+        return [_without_errors(item) for item in report]
+    if not isinstance(report, Mapping):
+        return report
+    is_task = "state" in report and report.get("error") is not None
+    kept = {key: _without_errors(item) for key, item in report.items()}
+    return {**kept, "error": "redacted"} if is_task else kept
+
+
+def _ours(said: str) -> str:
+    found = _OURS.match(said)
+    return said if found is None else found[0]
 
 
 def _elsewhere(incident: Incident) -> RecoveryResult:

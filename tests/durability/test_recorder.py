@@ -5,8 +5,10 @@ import json
 import logging
 import operator
 import os
+import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +22,7 @@ from langgraph.types import Command, RetryPolicy, Send, interrupt
 from pydantic import BaseModel, SecretStr
 from typing_extensions import TypedDict
 
+from langgraph_peerctx.durability.record_writer import Fact, RecordWriter, Source
 from langgraph_peerctx.durability.recorder import InteractionRecorder, legal_agent_id
 from langgraph_peerctx.errors import ConfigurationError, ProtocolError, StoreError
 from langgraph_peerctx.identifiers import is_legal_id
@@ -521,14 +524,19 @@ def test_what_the_hook_takes_out_is_never_stored(make: Make, store: EventStore) 
     assert "secret" not in text
 
 
-def _raises(_payload: Any) -> Any:
-    raise ValueError("secret")
+def raises(error: BaseException) -> Callable[[Any], Any]:
+    def redact(_payload: Any) -> Any:
+        raise error
+
+    return redact
 
 
 @pytest.mark.parametrize(
     ("redact", "said"),
     [
-        (_raises, "the redact hook raised ValueError"),
+        (raises(ValueError("secret")), "the redact hook raised ValueError"),
+        (raises(SystemExit("secret")), "the redact hook raised SystemExit"),
+        (raises(KeyboardInterrupt("secret")), "the redact hook raised KeyboardInterrupt"),
         (lambda _: None, "the redact hook returned a NoneType, not a dict"),
         (lambda _: {"x": object()}, "the redact hook returned something that is no JSON"),
     ],
@@ -540,6 +548,60 @@ def test_a_hook_that_fails_lets_nothing_through(
     chain(reserve).with_config(callbacks=[recorder]).invoke({"log": ["secret"]}, OWNED)
     assert [event.payload for event in told(store)] == [{"redacted": said}] * 3
     assert "secret" not in caplog.text
+
+
+def test_what_cannot_be_made_an_event_is_counted_and_keeps_no_other_out(store: EventStore) -> None:
+    def render(_store: EventStore, fact: Fact) -> Interaction:
+        if fact.kind == "bad":
+            raise SystemExit
+        return Interaction(
+            interaction_id="good",
+            thread_id="t",
+            from_agent=AGENT,
+            to_agent=AGENT,
+            kind=fact.kind,
+            payload={},
+            occurred_at=fact.occurred_at,
+        )
+
+    counters: Counter[str] = Counter()
+    limits: Any = {"batch_seconds": 0.01, "max_facts": 10, "max_bytes": 10_000}
+    writer = RecordWriter(lambda: store, render, counters=counters, **limits)
+    source = Source("r", "t")
+    for kind in ("bad", "good"):
+        fact = Fact(
+            source=source, place=None, kind=kind, from_agent=AGENT, to_agent=AGENT, payload={}
+        )
+        writer.put(fact, [AGENT])
+    assert writer.flush(5)
+    assert writer.close()
+    assert counters == {"unstorable": 1, "stored": 1}
+    assert ids(store) == ["good"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_has_died_is_followed_by_another(
+    recorder: InteractionRecorder, store: BreakableStore
+) -> None:
+    died: queue.Queue[threading.Thread] = queue.Queue()
+
+    class Fatal(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "events are not recorded" in record.getMessage():
+                died.put(threading.current_thread())
+                raise SystemExit
+
+    logger, handler = logging.getLogger(RecordWriter.__module__), Fatal()
+    logger.addHandler(handler)
+    try:
+        store.broken = True
+        chain(reserve).with_config(callbacks=[recorder]).invoke({"log": []}, OWNED)
+        died.get(timeout=5).join(5)
+    finally:
+        logger.removeHandler(handler)
+    store.broken = False
+    assert recorder.flush(5)
+    assert len(told(store)) == 3
 
 
 def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:

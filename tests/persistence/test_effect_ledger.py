@@ -185,6 +185,37 @@ def test_a_run_has_its_own_effects_and_those_of_its_thread(control: ControlDatab
     assert control.effects_of("agent", "another", "r1") == []
 
 
+def test_what_is_in_doubt_in_a_thread_is_of_the_run_that_came_to_it_last(
+    control: ControlDatabase,
+) -> None:
+    ours, shared = claimed(control), replace(NEW, scope="thread")
+    later = replace(shared, run_id="r2", position="n@9")
+    first = control.intend(shared, **ours).effect
+    assert control.intend(later, **ours).effect == replace(first, run_id="r2", position="n@9")
+    assert control.effects_of("agent", "t", "r2") == [control.effect(shared)]
+    again = control.intend(replace(shared, run_id="r3", position="n@3"), over=1, **ours).effect
+    assert (again.run_id, again.position, again.key) == ("r3", "n@3", first.key)
+    # Whether a human can put it right depends on where the run comes to it.
+    told = control.settle_effect(again, "seen", "human")
+    assert control.intend(later, **ours).effect == replace(told, run_id="r2", position="n@9")
+    control.amend(told, "not_seen")
+    done = control.intend(later, **ours).effect
+    control.conclude(done, 1)
+    assert control.intend(shared, **ours).effect.run_id == "r2", "whose it was is on record"
+
+
+def test_a_human_is_put_right_and_nobody_else(control: ControlDatabase) -> None:
+    ours = claimed(control)
+    first = control.intend(NEW, **ours).effect
+    human = control.settle_effect(first, "seen", "human", 1)
+    control.amend(human, "seen", 2)
+    assert control.effect(NEW).outcome == 2  # type: ignore[union-attr]
+    control.amend(human, "not_seen")
+    second = control.intend(NEW, **ours).effect
+    control.amend(human, "seen", 3)
+    assert control.effect(NEW) == second, "another attempt has begun"
+
+
 def test_keys_differ_wherever_place_or_name_do_and_nowhere_else() -> None:
     others = [
         replace(NEW, name="order2"),

@@ -27,6 +27,16 @@ def settings(short_window: PeerContextSettings) -> PeerContextSettings:
     return short_window
 
 
+@pytest.fixture
+def everything_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Leave of all that was written down nothing."""
+
+    def lose_it() -> None:
+        monkeypatch.setenv("PEER_CONTEXT_CONTROL_DATABASE_URL", f"sqlite:///{tmp_path}/new.db")
+
+    return lose_it
+
+
 @pytest.mark.parametrize("dies", ["before", "after"])
 async def test_with_all_its_stores_lost_the_peers_keep_an_effect_from_being_repeated(
     control: ControlDatabase,
@@ -266,17 +276,29 @@ async def test_with_its_control_database_lost_a_thread_goes_on_from_its_checkpoi
         assert (run.run_id, run.end_kind) == ("r1", "returned")
 
 
+async def test_the_record_of_a_run_that_was_begun_anew_is_kept(
+    control: ControlDatabase, peer: Peer, everything_lost: Callable[[], None], tmp_path: Path
+) -> None:
+    peer.dies = ["after"]
+    await lose(control, workflow(peer))
+    everything_lost()
+    async with peer.answering():
+        result = await lost(peer)
+    record = result["incident"]
+    assert record["run_id"] == "r1"
+    assert [(e["name"], e["status"], e["source"]) for e in record["effects"]] == [
+        ("order 4711", "done", "peer")
+    ]
+    with ControlDatabase(f"sqlite:///{tmp_path}/new.db") as new:
+        incident = new.incident_of(AGENT, THREAD)
+        assert incident is not None
+        assert (incident.incident_id, incident.status) == (record["incident_id"], "recovered")
+        assert incident.report == record
+        assert incident.result is not None
+        assert incident.result["final_state"]["log"] == ["in", "plan", {"number": 1}]
+
+
 # Where nobody remembers the run
-
-
-@pytest.fixture
-def everything_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Leave of all that was written down nothing."""
-
-    def lose_it() -> None:
-        monkeypatch.setenv("PEER_CONTEXT_CONTROL_DATABASE_URL", f"sqlite:///{tmp_path}/new.db")
-
-    return lose_it
 
 
 class Mails:

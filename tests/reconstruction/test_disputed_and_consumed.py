@@ -265,7 +265,7 @@ async def test_whoever_approves_sees_the_effects_and_what_peers_took_after_the_c
             snapshot.created_at
         )
         assert "plan-1" in question["would_write"]["facts"]
-        (shown,) = question["effects"]
+        (shown,) = question["run_effects"]
         assert (shown["name"], shown["status"], shown["source"]) == ("order 4711", "done", "peer")
         await aanswer_recovery(incident.incident_id, True)  # noqa: FBT003 - the answer
         incident = await settled(control)

@@ -204,6 +204,33 @@ async def test_a_run_goes_on_with_a_durability_with_which_it_can_be_run(
     assert resumed["detail"]["durability"] == goes_on
 
 
+async def test_the_record_of_a_recovery_by_hand_is_kept(control: ControlDatabase) -> None:
+    fails = [True]
+
+    def second(_state: Any) -> Any:
+        if fails.pop() if fails else False:
+            raise ValueError("no paper")
+        return {"log": ["second"]}
+
+    app = workflow(second)
+    with pytest.raises(ValueError, match="no paper"):
+        await own_runs(app, agent_id=AGENT).ainvoke(IN, AT)
+    assert control.incident_of(AGENT, THREAD) is None, "nobody died"
+
+    async def recover() -> Any:
+        return await recover_and_resume_workflow_async(
+            workflow=app, agent_id=AGENT, thread_id=THREAD, use_peer_context=False
+        )
+
+    result = await recover()
+    assert result["status"] == "resumed"
+    incident = incident_of(control)
+    assert (incident.status, incident.run_id) == ("recovered", newest(control).run_id)
+    assert incident.report == result["incident"]
+    assert (await recover())["status"] == "already_finished"
+    assert control.all_incidents() == [incident], "what brought nothing on is no recovery"
+
+
 async def test_a_fork_from_a_subgraphs_checkpoint_is_recovered(control: ControlDatabase) -> None:
     inner = StateGraph(State)
     inner.add_node("x", lambda _state: {"log": ["x"]})
