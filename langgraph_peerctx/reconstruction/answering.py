@@ -6,7 +6,7 @@ from langgraph_peerctx import background
 from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.persistence.database import open_in_thread
 from langgraph_peerctx.persistence.incidents import ControlDatabase, Incident
-from langgraph_peerctx.reconstruction.settling import see_that_it_is_understood
+from langgraph_peerctx.reconstruction.human_answers import see_that_it_is_understood
 
 
 def answer_recovery(

@@ -50,6 +50,7 @@ from langgraph_peerctx.persistence.runs import LostRun, Run
 from langgraph_peerctx.protocol.looking import plain
 from langgraph_peerctx.reconstruction.approval import Thresholds
 from langgraph_peerctx.reconstruction.gap_filling import Inference
+from langgraph_peerctx.reconstruction.human_answers import is_about_effects, named, read_answer
 from langgraph_peerctx.reconstruction.incident import (
     IncidentRecord,
     OnStep,
@@ -64,12 +65,7 @@ from langgraph_peerctx.reconstruction.recovery_plan import RecoveryPlan
 from langgraph_peerctx.reconstruction.report import Noticed
 from langgraph_peerctx.reconstruction.result import RecoveryResult
 from langgraph_peerctx.reconstruction.resume import Admitted, Given
-from langgraph_peerctx.reconstruction.settling import (
-    OwnedThread,
-    is_about_effects,
-    named,
-    read_answer,
-)
+from langgraph_peerctx.reconstruction.settling import OwnedThread
 from langgraph_peerctx.reconstruction.sources import OwnEvents
 from langgraph_peerctx.reconstruction.standing import as_it_stands, kept, result_without, storable
 from langgraph_peerctx.runtime import PeerContextRuntime

@@ -48,6 +48,15 @@ from langgraph_peerctx.reconstruction.checkpoint import CheckpointView
 from langgraph_peerctx.reconstruction.evidence import Reconstruction, reconstruct, with_inferred
 from langgraph_peerctx.reconstruction.first_checkpoint import first_checkpoint_after
 from langgraph_peerctx.reconstruction.gap_filling import Inference, filled
+from langgraph_peerctx.reconstruction.human_answers import (
+    answer_of,
+    is_said,
+    lines_on,
+    named,
+    read_answer,
+    too_late,
+    what_to_settle,
+)
 from langgraph_peerctx.reconstruction.incident import (
     OnStep,
     StepRecord,
@@ -72,19 +81,7 @@ from langgraph_peerctx.reconstruction.resume import (
     project,
     resume_workflow,
 )
-from langgraph_peerctx.reconstruction.settling import (
-    OwnedThread,
-    answer_of,
-    effect_json,
-    is_said,
-    keys_of,
-    lines_on,
-    named,
-    read_answer,
-    too_late,
-    what_to_settle,
-    words_on,
-)
+from langgraph_peerctx.reconstruction.settling import OwnedThread, effect_json, keys_of, words_on
 from langgraph_peerctx.reconstruction.sources import EvidenceQuery, collect_own_events, nobody_asked
 
 _logger = logging.getLogger(__name__)

@@ -20,12 +20,12 @@ from langgraph_peerctx.owned import own_runs
 from langgraph_peerctx.persistence.effect_ledger import Effect
 from langgraph_peerctx.persistence.incidents import ControlDatabase, Incident
 from langgraph_peerctx.reconstruction.answering import aanswer_recovery
-from langgraph_peerctx.reconstruction.recovery import recover_and_resume_workflow_async
-from langgraph_peerctx.reconstruction.settling import (
+from langgraph_peerctx.reconstruction.human_answers import (
     answer_of,
     see_that_it_is_understood,
     what_to_settle,
 )
+from langgraph_peerctx.reconstruction.recovery import recover_and_resume_workflow_async
 
 pytestmark = pytest.mark.usefixtures("_no_runtime_left", "_runtime_stopped")
 
