@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeAlias
 
+from langchain_core.language_models import BaseChatModel
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.checkpoint.serde.types import INTERRUPT
@@ -100,7 +101,8 @@ class SupervisedWorkflow:
         min_responses: Do not resume if fewer answered.
         approve_below_coverage: Ask a human if less has answered, from 0 to 1; see `Thresholds`.
         approve_below_confidence: Ask a human if less of what was told is undisputed.
-        inference: A model that may fill named gaps.
+        llm: May fill what no evidence has; see `Inference`.
+        infer: The state keys that it may fill.
         durability: By default `sync`; `async` where a run was begun with less than `sync`, since
             LangGraph may not be able to run the workflow so.
     """
@@ -115,9 +117,11 @@ class SupervisedWorkflow:
     min_responses: int | None = None
     approve_below_coverage: float | None = None
     approve_below_confidence: float | None = None
-    inference: Inference = field(default_factory=Inference)
+    llm: BaseChatModel | None = None
+    infer: tuple[str, ...] = ()
     durability: Durability | None = None
     thresholds: Thresholds = field(init=False)
+    inference: Inference = field(init=False)
 
     def __post_init__(self) -> None:
         # The recoverer claims the thread itself: what it resumes must not ask to be admitted.
@@ -126,6 +130,9 @@ class SupervisedWorkflow:
             coverage=self.approve_below_coverage, confidence=self.approve_below_confidence
         )
         object.__setattr__(self, "thresholds", thresholds)
+        inference = Inference(llm=self.llm, keys=self.infer)
+        inference.check(self.workflow)
+        object.__setattr__(self, "inference", inference)
 
 
 class Recoverer:

@@ -289,7 +289,8 @@ def supervised_as(plan: RecoveryPlan) -> SupervisedWorkflow:
         expect=plan.limits.expect,
         timeout_seconds=plan.limits.timeout_seconds,
         min_responses=plan.limits.min_responses,
-        inference=plan.inference,
+        llm=plan.inference.llm,
+        infer=plan.inference.keys,
         durability=plan.durability,
     )
 

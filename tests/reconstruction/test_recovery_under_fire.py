@@ -17,6 +17,7 @@ from langgraph.graph import START, StateGraph
 from langgraph.runtime import Runtime
 from langgraph.types import Command, interrupt
 from owning import AGENT, AT, GHOST, IN, THREAD, State, asks, new_run, newest, until, workflow
+from reconstruction.obedient import Scripted
 from sqlalchemy.exc import OperationalError
 from typing_extensions import TypedDict
 
@@ -202,6 +203,29 @@ async def test_a_run_goes_on_with_a_durability_with_which_it_can_be_run(
     assert result["status"] == "restarted"
     (resumed,) = [s for s in result["incident"]["steps"] if s["step"] == "resume_workflow"]
     assert resumed["detail"]["durability"] == goes_on
+
+
+async def test_a_model_may_fill_the_named_gaps_of_an_automatic_recovery(
+    control: ControlDatabase,
+) -> None:
+    app = workflow(state=Anything)
+    await lose(control, new(app))
+    llm = Scripted(answers=['{"anything": "guessed", "log": ["no gap"]}'])
+    supervised = SupervisedWorkflow(
+        workflow=app, use_peer_context=False, llm=llm, infer=("anything",)
+    )
+    async with recovering() as (recoverer, _):
+        result = await recoverer.recover_thread(AGENT, THREAD, supervised)
+    assert result["final_state"] == {"log": ["in", "first", "second"], "anything": "guessed"}
+    origins = {p["fact"]: p["source"] for p in result["incident"]["provenance"]}
+    assert origins["state.anything"] == "inference"
+
+
+@pytest.mark.parametrize("named", [{"infer": ("anything",)}, {"infer": ("nothing",), "llm": True}])
+def test_gaps_that_no_model_can_fill_are_refused_when_the_workflow_is_named(named: Any) -> None:
+    llm = Scripted(answers=[]) if named.pop("llm", False) else None
+    with pytest.raises(ConfigurationError, match="infer="):
+        SupervisedWorkflow(workflow=workflow(), llm=llm, **named)
 
 
 async def test_the_record_of_a_recovery_by_hand_is_kept(control: ControlDatabase) -> None:
