@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Self
 from xml.etree import ElementTree as ET
 
+from services.stopping import until_stopped
+
 HERE = Path(__file__).parent
 POM = HERE / "pom.xml"
 CACHE = Path(os.environ.get("PEERCTX_KAFKA_CACHE", HERE.parents[1] / ".cache" / "kafka"))
@@ -146,6 +148,8 @@ class KafkaServer:
     def pause(self) -> None:
         """SIGSTOP: it accepts connections and never answers."""
         self._signal(signal.SIGSTOP)
+        if self._process is not None:
+            until_stopped(self._process.pid)
 
     def resume(self) -> None:
         """SIGCONT."""

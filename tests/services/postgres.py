@@ -18,6 +18,7 @@ import psutil
 import psycopg
 from psycopg import sql
 from services.kafka import free_ports
+from services.stopping import until_stopped
 
 START_TIMEOUT_SECONDS = 30.0
 STOP_TIMEOUT_SECONDS = 10.0
@@ -169,6 +170,8 @@ class PostgresServer:
         for process in [main, *main.children(recursive=True)]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
+                if number == signal.SIGSTOP:
+                    until_stopped(process.pid)
 
 
 def _programs() -> Path:
