@@ -331,7 +331,8 @@ class Gatherer:
                 self._find_hosts(request, wanted)
                 if loop.time() > patience:
                     wanted.find_hosts(wanted.hosts, are_all=True)
-            wanted.give_up_hosts_but({member.beat.process_id for member in roster.present()})
+            if wanted.hosts:
+                wanted.give_up_hosts_but({member.beat.process_id for member in roster.present()})
             await asyncio.sleep(WATCH_SECONDS)
 
     def _silenced(self, trouble: PeerContextError | None, lost: str | None) -> list[str]:
