@@ -18,10 +18,12 @@ from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.errors import ConfigurationError, PeerContextError
 from langgraph_peerctx.identifiers import new_id
 from langgraph_peerctx.messaging.kafka_transport import KafkaTransport
+from langgraph_peerctx.messaging.presence import LOOK_BACK_RECORDS
 from langgraph_peerctx.messaging.producer import publish
+from langgraph_peerctx.messaging.roster import Roster
 from langgraph_peerctx.messaging.sentinel_place import SentinelPlace, place_of
 from langgraph_peerctx.messaging.topics import faults_of, topics_for
-from langgraph_peerctx.messaging.transport import Record, TopicSpec
+from langgraph_peerctx.messaging.transport import From, Record, TopicSpec
 from langgraph_peerctx.persistence.inspection import (
     CONTROL_NEEDS,
     EVENT_STORE_NEEDS,
@@ -101,7 +103,7 @@ async def _broker(settings: PeerContextSettings) -> list[Finding]:
             faults, missing = faults_of(spec, states[spec.name]), not states[spec.name].partitions
             found.append(_topic(spec, faults, missing=missing))
         is_well = all(finding.state == "ok" for finding in found)
-        return [*found, *(await _broker_clock(broker, settings) if is_well else [])]
+        return [*found, *(await _round_trip(broker, settings) if is_well else [])]
 
     try:
         found: list[Finding] = await on_broker(settings.kafka, ask)
@@ -127,13 +129,22 @@ def _topic(spec: TopicSpec, faults: Sequence[str], *, missing: bool) -> Finding:
     )
 
 
-async def _broker_clock(broker: KafkaTransport, settings: PeerContextSettings) -> list[Finding]:
-    """Send one record to the presence topic and read it back: a goodbye, which changes nothing."""
+async def _round_trip(broker: KafkaTransport, settings: PeerContextSettings) -> list[Finding]:
+    """Send one record to the presence topic and read it back: a goodbye, which changes nothing.
+
+    Whoever is there has been read before it.
+    """
     ours, came = new_id(), asyncio.Event()
     stored_ms = 0
+    roster = Roster(
+        incarnation=ours,
+        interval_seconds=settings.heartbeat_interval_seconds,
+        pause_seconds=settings.heartbeat_pause_seconds,
+    )
 
     def take(record: Record) -> None:
         nonlocal stored_ms
+        roster.take(record)
         if record.value is not None and ours.encode() in record.value:
             stored_ms = record.timestamp_ms
             came.set()
@@ -146,7 +157,7 @@ async def _broker_clock(broker: KafkaTransport, settings: PeerContextSettings) -
         leaving=True,
     )
     topic, limit = settings.kafka.presence_topic, settings.max_message_bytes
-    subscription = await broker.subscribe([topic], take)
+    subscription = await broker.subscribe([topic], take, start=From(back=LOOK_BACK_RECORDS))
     try:
         async with asyncio.timeout(ROUND_TRIP_SECONDS):
             await subscription.positioned()
@@ -160,7 +171,21 @@ async def _broker_clock(broker: KafkaTransport, settings: PeerContextSettings) -
         return [Finding(name="round trip", state="warning", detail=detail, remedy=remedy)]
     finally:
         await subscription.close()
-    return [_clock("broker's clock", stored_ms / 1_000 - middle)]
+    there = sorted(m.beat.process_id for m in roster.present() if m.beat.supervises)
+    return [_clock("broker's clock", stored_ms / 1_000 - middle), _supervisors(settings, there)]
+
+
+def _supervisors(settings: PeerContextSettings, there: Sequence[str]) -> Finding:
+    """Say who recovers lost runs, by their heartbeats."""
+    if there or not settings.has_shared_control:
+        detail = f"{len(there)}: {', '.join(there)}" if there else "none"
+        return Finding(name="supervisors", state="ok", detail=detail)
+    return Finding(
+        name="supervisors",
+        state="warning",
+        detail="nobody's heartbeat says that it supervises: lost runs wait",
+        remedy="run `peerctx supervise` on two hosts, or peer_context_lifespan(workflow=...)",
+    )
 
 
 def _clock(name: str, ahead_seconds: float) -> Finding:

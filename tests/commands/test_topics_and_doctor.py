@@ -7,8 +7,10 @@ import socket
 import sqlite3
 import subprocess
 import time
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import PEERCTX, Run
@@ -16,12 +18,14 @@ from services.postgres import PostgresServer
 
 from langgraph_peerctx.config import KafkaConfig, PeerContextSettings
 from langgraph_peerctx.messaging.kafka_transport import KafkaTransport
+from langgraph_peerctx.messaging.producer import publish
 from langgraph_peerctx.messaging.sentinel_place import place_of
 from langgraph_peerctx.messaging.transport import TopicSpec
 from langgraph_peerctx.persistence.event_store import EventStore
 from langgraph_peerctx.persistence.incidents import ControlDatabase
 from langgraph_peerctx.persistence.migrations import VERSION_TABLE
 from langgraph_peerctx.persistence.runs import LostRun, NewRun, Owner, Packed, RunInput
+from langgraph_peerctx.protocol.messages import Heartbeat
 
 
 def test_topics_needs_no_broker_to_say_what_is_needed(run: Run, nobody: str) -> None:
@@ -51,10 +55,37 @@ def test_topics_are_made_with_their_settings_and_the_doctor_is_content(
     assert request["remedy"] == "peerctx topics --create"
     for _ in range(2):
         assert run("topics", "--create", **own).code == 0
+    alone = run("doctor", "--json", **own)
+    assert alone.code == 0
+    assert {f["name"] for f in alone.json if f["state"] != "ok"} == {"supervisors"}
+    assert "peerctx supervise" in alone.findings["supervisors"]["remedy"]
+    beat(own, process_id="watcher", supervises=True)
+    beat(own, process_id="agent")
+    beat(own, process_id="former", supervises=True)
+    beat(own, process_id="former", supervises=True, leaving=True, sequence=2)
     well = run("doctor", "--json", **own)
-    assert well.code == 0
     assert {finding["state"] for finding in well.json} == {"ok"}
+    assert well.findings["supervisors"]["detail"] == "1: watcher"
     assert "from ours" in well.findings["broker's clock"]["detail"]
+
+
+def beat(own: dict[str, str], *, process_id: str, sequence: int = 1, **more: Any) -> None:
+    """Send one heartbeat."""
+
+    async def send() -> None:
+        transport = KafkaTransport(KafkaConfig(bootstrap_servers=own["KAFKA_BOOTSTRAP_SERVERS"]))
+        await transport.start()
+        told = Heartbeat(
+            sent_at=datetime.now(UTC),
+            process_id=process_id,
+            incarnation=f"{process_id}-1",
+            sequence=sequence,
+            **more,
+        )
+        await publish(transport, own["KAFKA_PRESENCE_TOPIC"], told, max_bytes=100_000)
+        await transport.close()
+
+    asyncio.run(send())
 
 
 @pytest.mark.kafka
