@@ -28,6 +28,14 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("tests")
 
 
+_LONGEST = ("test_kafka_transport", "integration/", "reconstruction/", "test_outages")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put first what takes longest: of several processes each takes a file, and another."""
+    items.sort(key=lambda item: not any(name in item.nodeid for name in _LONGEST))
+
+
 def missing(what: str, why: object) -> None:
     """Skip, saying why; where everything must be there, fail."""
     if os.environ.get("CI") == "true":
