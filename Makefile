@@ -38,7 +38,7 @@ test: lint types
 		--numprocesses 3 --dist loadfile --no-loadscope-reorder \
 		--cov --cov-report term:skip-covered
 	$(BIN)/python -m pytest tests/chaos \
-		--numprocesses 2 --dist loadfile --no-loadscope-reorder
+		--numprocesses 3 --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m pytest tests/matrix
 
 chaos: $(VENV)/dev
