@@ -5,11 +5,11 @@ Whoever dies in one has left behind what another process needs to go on with it.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import ensure_config, merge_configs
@@ -52,6 +52,7 @@ from langgraph_peerctx.errors import (
     StaleOwnerError,
     StoreBusyError,
     StoreError,
+    ThreadBusyError,
 )
 from langgraph_peerctx.identifiers import check_id, new_id
 from langgraph_peerctx.persistence.runs import EndKind, NewRun, Run, RunInput
@@ -63,7 +64,7 @@ _UNNAMED = "LangGraph"
 _INSIDE = "__pregel_read"
 """In the config of whatever LangGraph runs inside a node."""
 _FORK = ("checkpoint_id", "checkpoint_map")
-"""What names the checkpoint of a root graph from which a run is to fork."""
+"""What names the checkpoint of a root graph from which a run is to fork, and its subgraphs'."""
 
 
 class OwnedRun:
@@ -218,6 +219,11 @@ def unowned(workflow: Workflow) -> Workflow:
     return _plain(kind, workflow)
 
 
+def redact_of(workflow: Workflow) -> Redact | None:
+    """Return what a workflow's owner said is to be stored of an input; None if nobody did."""
+    return workflow.owned_under.redact if isinstance(workflow, _Owning) else None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Terms:
     """Under which a workflow's runs are owned."""
@@ -231,6 +237,8 @@ class _Terms:
 
 class _Owning:
     """Marks the classes that `_owning_class` makes."""
+
+    owned_under: ClassVar[_Terms]
 
 
 def _attributes(workflow: Workflow) -> dict[str, Any]:
@@ -322,6 +330,7 @@ def _owning_class(kind: type[Any], terms: _Terms) -> type[Any]:
         "bulk_update_state": bulk_update_state,
         "abulk_update_state": abulk_update_state,
         "checkpointer": _fenced_checkpointer(AgentFence(terms.agent_id)),
+        "owned_under": terms,
     }
     return type(kind.__name__, (_Owning, kind), methods)
 
@@ -378,11 +387,11 @@ async def _begun(
         async with _taken(order, terms.agent_id, ownership):
             if order.continues or order.names_checkpoint:
                 seconds = runtime.settings.database_timeout_seconds
-                order.stand_at(await _head_in_time(order, ownership, seconds))
+                order.stand_at(await _heads_in_time(order, ownership, seconds))
             if order.continues:
                 newest = await ownership.control.anewest_run(terms.agent_id, order.thread_id)
             run = order.run(newest)
-        held = await ownership.aadmit(run, goes_on=newest is not None)
+        held = await _admitted(order, run, ownership, goes_on=newest is not None)
         runtime.watch.add(held.key, asyncio.get_running_loop(), order.patience(runtime.settings))
         place: RunnableConfig = {}
         try:
@@ -416,11 +425,11 @@ def _begun_now(
         with _taken_now(order, terms.agent_id, ownership):
             if order.continues or order.names_checkpoint:
                 saver = order.behind(ownership)
-                order.stand_at(saver.get_tuple(order.place) if saver else None)
+                order.stand_at([saver.get_tuple(at) for at in order.places] if saver else [])
             if order.continues:
                 newest = ownership.control.newest_run(terms.agent_id, order.thread_id)
             run = order.run(newest)
-        held = ownership.admit(run, goes_on=newest is not None)
+        held = _admitted_now(order, run, ownership, goes_on=newest is not None)
         place: RunnableConfig = {}
         try:
             place = order.place_of(run, held, ownership, runtime)
@@ -472,20 +481,71 @@ def _taken_now(order: "_Order", agent_id: str, ownership: Ownership) -> Iterator
     ownership.drop(held)
 
 
-async def _head_in_time(
+async def _admitted(order: "_Order", run: NewRun, ownership: Ownership, *, goes_on: bool) -> Held:
+    """Admit a run; a thread that was taken for one that is not admitted is given back."""
+    try:
+        return await ownership.aadmit(run, goes_on=goes_on)
+    except BaseException:
+        if order.names_checkpoint:
+            in_thread = ownership.leases.in_thread
+            with _lease_may_run_out(run):
+                await in_thread(partial(_give_back, ownership, run))
+        raise
+
+
+def _admitted_now(order: "_Order", run: NewRun, ownership: Ownership, *, goes_on: bool) -> Held:
+    """See `_admitted`."""
+    try:
+        return ownership.admit(run, goes_on=goes_on)
+    except BaseException:
+        if order.names_checkpoint:
+            with _lease_may_run_out(run):
+                _give_back(ownership, run)
+        raise
+
+
+def _give_back(ownership: Ownership, run: NewRun) -> None:
+    """Give back a thread that we hold no longer, unless somebody else in here has it by now."""
+    with suppress(ThreadBusyError):
+        ownership.give(ownership.take(run.agent_id, run.thread_id))
+
+
+@contextmanager
+def _lease_may_run_out(run: NewRun) -> Iterator[None]:
+    try:
+        yield
+    except StoreError as error:  # what kept the run from being admitted counts more
+        _logger.warning("%r is not given back, its lease runs out: %s", run.thread_id, error)
+
+
+async def _heads_in_time(
     order: "_Order", ownership: Ownership, seconds: float
-) -> CheckpointTuple | None:
+) -> list[CheckpointTuple | None]:
     saver = order.behind(ownership)
     if saver is None:
-        return None
+        return []
     try:
         async with asyncio.timeout(seconds):
-            return await saver.aget_tuple(order.place)
+            return [await saver.aget_tuple(place) for place in order.places]
     except TimeoutError as error:
         raise StoreBusyError(
             f"the checkpointer did not say within {seconds:g} s where the thread stands: see "
             "whether its database is up and not locked, then try again"
         ) from error
+
+
+def _of_root(config: RunnableConfig) -> RunnableConfig:
+    """Return a config as LangGraph understands it for a root graph.
+
+    In a subgraph's, what is named is the subgraph's checkpoint; the root's is in its map.
+    """
+    configurable = config.get("configurable") or {}
+    named = configurable.get("checkpoint_map") or {}
+    if not configurable.get("checkpoint_ns") and "" not in named:
+        return config
+    kept = {k: v for k, v in configurable.items() if k not in ("checkpoint_ns", "checkpoint_id")}
+    root = {"checkpoint_id": named[""]} if "" in named else {}
+    return {**config, "configurable": {**kept, **root}}
 
 
 class _Order:
@@ -506,23 +566,32 @@ class _Order:
         self._plain = plain
         self._terms = terms
         self._given = given
-        self._digest: str | None = None
+        self._digest: Callable[[], str | None] | None = None
         self._head_id: str | None = None
-        self.config: RunnableConfig = ensure_config(merge_configs(plain.config, config))
+        self.config: RunnableConfig = _of_root(ensure_config(merge_configs(plain.config, config)))
         configurable = self.config.get("configurable") or {}
         self.thread_id = thread_of(self.config)
         self.options: dict[str, Any] = {**options, "durability": self._durability(options)}
-        self.names_checkpoint: bool = "checkpoint_id" in configurable
+        self.names_checkpoint: bool = any(name in configurable for name in _FORK)
         # A fork from an earlier checkpoint is a run of its own.
         self.continues: bool = is_continuation(given) and not self.names_checkpoint
-        self.place: RunnableConfig = {"configurable": {"thread_id": self.thread_id}}
+        self._named: dict[str, Any] = {"": configurable.get("checkpoint_id")}
+        self._named = {**(configurable.get("checkpoint_map") or {}), **self._named}
 
-    def stand_at(self, head: CheckpointTuple | None) -> None:
-        """Take note of the thread's head: who names that, forks from nothing."""
-        self._head_id = None if head is None else head.checkpoint["id"]
-        configurable = self.config.get("configurable") or {}
-        if configurable.get("checkpoint_id") not in (None, "", self._head_id):
+    @property
+    def places(self) -> list[RunnableConfig]:
+        """Where the heads are that tell whether it forks: the thread's, and named subgraphs'."""
+        at = {"thread_id": self.thread_id}
+        return [{"configurable": {**at, "checkpoint_ns": name}} for name in self._named]
+
+    def stand_at(self, heads: Sequence[CheckpointTuple | None]) -> None:
+        """Take note of the heads, as in `places`: who names those, forks from nothing."""
+        ids = [None if head is None else head.checkpoint["id"] for head in heads]
+        stands = dict.fromkeys(self._named) | dict(zip(self._named, ids, strict=False))
+        self._head_id = stands[""]
+        if any(named not in (None, "", stands[name]) for name, named in self._named.items()):
             return
+        configurable = self.config.get("configurable") or {}
         kept = {name: value for name, value in configurable.items() if name not in _FORK}
         self.config = {**self.config, "configurable": kept}
         self.continues = is_continuation(self._given)
@@ -536,7 +605,9 @@ class _Order:
         plain = self._plain
         value = packed_input(plain, self._given, self._terms.redact)
         self._digest = (
-            digest_of_run(plain, newest) if newest else digest_of_input(self._given, value)
+            partial(digest_of_run, plain, newest)
+            if newest
+            else partial(digest_of_input, plain, self._given, value)
         )
         return NewRun(
             run_id=newest.run_id if newest else new_id(),
@@ -559,13 +630,13 @@ class _Order:
             thread_id=run.thread_id,
             run_id=run.run_id,
             epoch=held.epoch,
-            input_digest=self._digest,
         )
         effects = RunEffects(
             ownership.control,
             about,
             incarnation=ownership.owner.incarnation,
             peers=EffectPeers(runtime),
+            digest=self._digest,
         )
         place = effects.go_along(of_admitted_run(self.config, run.run_id))
         recorder = self._terms.recorder or recorder_of(run.agent_id)
@@ -574,9 +645,8 @@ class _Order:
     def how_it_ended(
         self, error: BaseException, ownership: Ownership
     ) -> tuple[EndKind, str | None]:
-        """See there; where an input is redacted, an error's message may tell what was in it."""
-        kind, said = how_it_ended(error, ownership)
-        return kind, said if self._terms.redact is None else type(error).__name__
+        """See there."""
+        return how_it_ended(error, ownership, is_hidden=self._terms.redact is not None)
 
     def fenced(self, ownership: Ownership) -> Workflow:
         """Return the workflow behind the fence of what this process owns."""
@@ -604,16 +674,26 @@ class _Order:
         return chosen
 
 
-def how_it_ended(error: BaseException, ownership: Ownership) -> tuple[EndKind, str | None]:
-    """Say how a run ended that did not return."""
+def how_it_ended(
+    error: BaseException, ownership: Ownership, *, is_hidden: bool
+) -> tuple[EndKind, str | None]:
+    """Say how a run ended that did not return.
+
+    Args:
+        error: What it raised.
+        ownership: Of the process.
+        is_hidden: Whether an input is redacted: an error's message may tell what was in it.
+    """
+    named = type(error).__name__
+    said = named if is_hidden else f"{named}: {error}"
     if isinstance(error, StaleOwnerError | CheckpointerError):
         # It did not fail by itself: whoever has the thread next, goes on with it.
-        return "handed_over", f"{type(error).__name__}: {error}"
+        return "handed_over", said
     if isinstance(error, InDoubtError) and not error.is_final:
-        return "handed_over", f"{type(error).__name__}: {error}"
+        return "handed_over", said
     if isinstance(error, Exception):
-        return "raised", f"{type(error).__name__}: {error}"
-    return ("handed_over" if ownership.is_leaving else "cancelled"), type(error).__name__
+        return "raised", said
+    return ("handed_over" if ownership.is_leaving else "cancelled"), named
 
 
 def warn_of_doubts(place: RunnableConfig, kind: EndKind) -> None:

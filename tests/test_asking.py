@@ -17,12 +17,18 @@ from langgraph_peerctx.asking import EffectPeers, OnItsLoop, calls_of
 from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.durability.run_effects import About
 from langgraph_peerctx.errors import BrokerUnavailableError, ConfigurationError
+from langgraph_peerctx.gathering.gatherer import Wanted
 from langgraph_peerctx.gathering.peer_context import PeerContext
 from langgraph_peerctx.messaging.agent_context_service import ContextResponder
 from langgraph_peerctx.messaging.context_handler import ContextRequestHandler
 from langgraph_peerctx.messaging.roster import Roster
 from langgraph_peerctx.persistence.event_store import EventStore
-from langgraph_peerctx.protocol.messages import InDoubtAnswer, InDoubtKey
+from langgraph_peerctx.protocol.messages import (
+    AgentAnswer,
+    ContextResponse,
+    InDoubtAnswer,
+    InDoubtKey,
+)
 from langgraph_peerctx.protocol.tickets import EffectTicket
 from langgraph_peerctx.runtime import PeerContextRuntime
 
@@ -49,14 +55,18 @@ class Slow(ContextRequestHandler):
 
 @asynccontextmanager
 async def hosted(
-    broker: FakeBroker, folder: Path, name: str, transport: FakeTransport | None = None
+    broker: FakeBroker,
+    folder: Path,
+    name: str,
+    transport: FakeTransport | None = None,
+    **options: Any,
 ) -> AsyncIterator[tuple[EventStore, threading.Event]]:
     """One process that hosts the peer, with a store of its own."""
     settings = SETTINGS.model_copy(update={"process_id": f"process-{name}"})
     responder = ContextResponder(settings, transport=transport or FakeTransport(broker))
     with EventStore(f"sqlite:///{folder}/{name}.db") as store:
         store.declare_receiver(PEER)
-        handler = Slow(PEER, store=store)
+        handler = Slow(PEER, store=store, **options)
         handler.may_go = threading.Event()
         await responder.host(handler)
         try:
@@ -175,6 +185,67 @@ async def test_of_a_peer_that_is_heard_in_part_only_what_it_has_seen_counts(
     else:
         assert [answer.verdict for answer in kept.in_doubt] == ["not_seen"]
         assert told is None, "what the other one has seen is not known"
+
+
+def misses_a_card(payload: Any) -> Any:
+    return {**payload, "card": payload["card"][-4:]}
+
+
+@pytest.mark.parametrize(
+    "declines",
+    [{"redact": misses_a_card}, {"may_answer": lambda _: False}],
+    ids=["redact", "may_answer"],
+)
+@pytest.mark.parametrize("beats", [True, False])
+async def test_of_a_process_that_declines_it_is_not_known_what_it_has_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, declines: Any, *, beats: bool
+) -> None:
+    broker = FakeBroker()
+    async with AsyncExitStack() as stack:
+        _, other_goes = await stack.enter_async_context(hosted(broker, tmp_path, "other"))
+        has_it = hosted(broker, tmp_path, "has-it", **declines)
+        declining, goes = await stack.enter_async_context(has_it)
+        runtime = await stack.enter_async_context(asker(broker, 2))
+        receive(declining, {"number": 7})
+        if not beats:
+            monkeypatch.setattr(Roster, "present", lambda _: [])
+        other_goes.set()
+        goes.set()
+        started = time.monotonic()
+        context = await gathered(runtime, expect=["process-other", "process-has-it"])
+        told = await EffectPeers(calls_of(runtime)).aask(ABOUT, key()) if beats else None
+        assert time.monotonic() - started < 4, "who declines has answered"
+    assert context.coverage.declined == (PEER,)
+    assert [answer.verdict for answer in context.in_doubt] == ["not_seen"]
+    assert context.unheard == {PEER: ("process-has-it",)}
+    assert context.word_on(key()) is None
+    assert told is None
+
+
+async def test_a_host_that_was_given_up_is_not_waited_for_again_and_not_forgotten() -> None:
+    wanted = Wanted(["quick"])
+    wanted.find_hosts({PEER: frozenset({"quick", "gone", "leaves"})}, are_all=False)
+    wanted.give_up_hosts_but({"quick", "leaves"})
+    wanted.find_hosts({PEER: frozenset({"quick", "leaves"})}, are_all=False)
+    wanted.give_up_hosts_but({"quick"})
+    wanted.find_hosts({PEER: frozenset({"quick", "gone"})}, are_all=True)
+    wanted.give_up_hosts_but({"quick", "gone"})
+    word = InDoubtAnswer(effect_key="k", agent_id=PEER, verdict="not_seen")
+    wanted.take(says("quick", word))
+    assert wanted.satisfied.is_set(), "who comes back was not there to be asked"
+    assert wanted.unheard == {PEER: ("gone", "leaves")}
+
+
+def says(process_id: str, word: InDoubtAnswer) -> ContextResponse:
+    return ContextResponse(
+        sent_at=datetime.now(UTC),
+        correlation_id="c",
+        responder_id=process_id,
+        failed_agent_id=ABOUT.agent_id,
+        thread_id="t",
+        agents=(AgentAnswer(agent_id=PEER, status="nothing"),),
+        in_doubt=(word,),
+    )
 
 
 async def test_whoever_has_just_come_asks_all_that_host_a_peer_too(tmp_path: Path) -> None:

@@ -97,19 +97,44 @@ def digest_of(given: object) -> str | None:
         return None
 
 
-def digest_of_input(given: object, stored: Packed) -> str | None:
-    """Return the digest of an input; None if it is redacted, or who guesses could find it out."""
-    return None if _hides(stored) else digest_of(given)
+def digest_of_input(workflow: Workflow, given: object, stored: Packed) -> str | None:
+    """Return the digest of an input; None if it is redacted, or who guesses could find it out.
+
+    Of the input as it was stored, whenever it is asked for: nodes may have changed it since.
+    """
+    if hides(stored):
+        return None
+    digest = digest_of(given)
+    return digest if _is_still(workflow, given, stored) else _digest_of_stored(workflow, stored)
 
 
 def digest_of_run(workflow: Workflow, run: Run) -> str | None:
     """Return the digest of a run's first input; None if that was redacted."""
-    return None if is_redacted(run) else digest_of(input_of(workflow, run))
+    return None if is_redacted(run) else _digest_of_stored(workflow, run.inputs[0].value)
+
+
+def _digest_of_stored(workflow: Workflow, stored: Packed) -> str | None:
+    try:
+        return digest_of(unpacked(workflow, stored, name="input"))
+    except StoreError:
+        return None
+
+
+def _is_still(workflow: Workflow, given: object, stored: Packed) -> bool:
+    try:
+        return packed(workflow, given, name="input") == stored
+    except ConfigurationError:
+        return False
+
+
+def hides(stored: Packed) -> bool:
+    """Tell whether what is stored of an input is not what it was."""
+    return stored.kind.startswith(_REDACTED)
 
 
 def is_redacted(run: Run, number: int = 0) -> bool:
     """Tell whether what a run was given is not what is stored of it."""
-    return _hides(run.inputs[number].value)
+    return hides(run.inputs[number].value)
 
 
 def unpacked(workflow: Workflow, value: Packed, *, name: str) -> Any:
@@ -214,10 +239,6 @@ def _can_be_kept(workflow: Workflow, value: object) -> bool:
     except (TypeError, ValueError):
         return False
     return True
-
-
-def _hides(stored: Packed) -> bool:
-    return stored.kind.startswith(_REDACTED)
 
 
 _TOLD_BY_TEXT: Final = (date, time, timedelta, Decimal, UUID, PurePath)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial, wraps
 from typing import Any, Final, Generic, ParamSpec, Protocol, Self, TypeAlias, TypeVar, overload
 
+from langchain_core.runnables import RunnableConfig
 from langgraph.config import get_config
 from pydantic import JsonValue
 
@@ -220,18 +221,20 @@ class _Terms:
         return _later(doing) if _is_async(call) else _now(doing)
 
     def _doing(self, call: Callable[..., Any], arguments: Any, named: Any) -> "_Doing":
-        run, namespace = _here()
+        run, config = _here()
         name = self.key(*arguments, **named) if callable(self.key) else self.key
+        what = call, arguments, named
+        execution = run.use(config, name, what)
         new = run.new(
-            namespace,
+            execution,
             name,
             peer_id=self.peer_id,
             scope=self.scope,
             if_unknown=self.if_unknown,
             has_check=self.check is not None,
         )
-        forget = partial(run.forget_name, namespace, name)
-        return _effect(run, new, self, partial(call, *arguments, **named), forget)
+        give_back = partial(run.give_back, execution, name, what)
+        return _effect(run, new, self, partial(call, *arguments, **named), give_back)
 
 
 def _exceptions(given: Sequence[type[BaseException]]) -> tuple[type[BaseException], ...]:
@@ -269,8 +272,8 @@ def _is_async(call: Callable[..., Any]) -> bool:
     )
 
 
-def _here() -> tuple[RunEffects, str]:
-    """Return the effects of the run that we stand in, and the namespace of the node."""
+def _here() -> tuple[RunEffects, RunnableConfig]:
+    """Return the effects of the run that we stand in, and the config of the node."""
     try:
         config = get_config()
     except RuntimeError:
@@ -279,7 +282,7 @@ def _here() -> tuple[RunEffects, str]:
     namespace = config["configurable"].get("checkpoint_ns")
     if run is None or not namespace:
         raise ConfigurationError(_NOT_OWNED)
-    return run, namespace
+    return run, config
 
 
 _NOT_IN_A_NODE: Final = "effect(...) stands in no node, tool or task of a graph that runs"
@@ -435,7 +438,7 @@ def _effect(
     new: NewEffect,
     terms: _Terms,
     call: Callable[[], Any],
-    forget: Callable[[], None],
+    give_back: Callable[[], None],
 ) -> _Doing:
     """Do an effect, unless it was done; alone, as far as this process goes.
 
@@ -444,7 +447,7 @@ def _effect(
         new: The effect.
         terms: How it was asked for.
         call: What does it.
-        forget: Lets its node try it again: the ledger knows what came of the first try.
+        give_back: Lets its node try it again: the ledger knows what came of the first try.
     """
     try:
         while (other := run.take_turn(new)) is not None:
@@ -454,7 +457,7 @@ def _effect(
         finally:
             run.end_turn(new)
     except BaseException:
-        forget()
+        give_back()
         raise
 
 

@@ -247,6 +247,7 @@ class InteractionRecorder(GraphCallbackHandler):
         name = str((serialized or {}).get("name") or kwargs.get("name"))
         behind = self._peers.get(name) or own_agent(given, around.named)
         call = self._inside(run_id, around, given)
+        self._positions.passing(run_id, parent_run_id)
         with self._lock:
             frame.tools += 1
             number = frame.tools
@@ -389,8 +390,10 @@ class InteractionRecorder(GraphCallbackHandler):
         around = self._calls.get(parent_run_id) if parent_run_id else None
         if around is not None:
             self._inside(run_id, around, kwargs.get("metadata") or {})
+            self._positions.passing(run_id, parent_run_id)
 
     def _left(self, run_id: UUID) -> Call | None:
+        self._positions.ended(run_id)
         call = self._calls.pop(run_id, None)
         if call is not None:
             call.run.calls.discard(run_id)
@@ -398,8 +401,8 @@ class InteractionRecorder(GraphCallbackHandler):
 
     def _ended(self, run_id: UUID, *, has_failed: bool = False) -> tuple[Call | None, bool]:
         """Return what has ended, and whether it is a node."""
-        call = self._left(run_id)
         namespace = self._positions.ended(run_id, has_failed=has_failed)
+        call = self._left(run_id)
         if namespace is None or call is None or call.run.root == run_id:
             return call, False
         self._frames.pop(namespace, None)
@@ -414,9 +417,9 @@ class InteractionRecorder(GraphCallbackHandler):
                 self._put_hand_off(handing, self._agent_at(handing.node))
         self._abandon(list(run.calls))
         for left in list(run.calls):
-            self._left(left)
             if (namespace := self._positions.ended(left)) is not None:
                 self._frames.pop(namespace, None)
+            self._left(left)
         self._put(call, "run_end", told, self.agent_id)
         if not self._writer.flush(END_DEADLINE_SECONDS) and self.raise_error:
             self._writer.raise_fault()
@@ -441,7 +444,7 @@ class InteractionRecorder(GraphCallbackHandler):
         call = self._inside(run_id, around, given)
         namespace, node = str(given["langgraph_checkpoint_ns"]), execution.node
         behind = self._peers.get(node) or own_agent(given, around.named)
-        position = self._position(namespace, execution)
+        position = execution.position or f"?/{execution.place}"  # in nodes not seen to begin
         if around.frame.position and graph_of(namespace) != around.frame.namespace:
             # A graph with a thread of its own, called by a node, begins at the root again.
             position = f"{around.frame.position}/{position}"
@@ -463,12 +466,6 @@ class InteractionRecorder(GraphCallbackHandler):
             call.actor = frame.behind
         if call.run.handing:
             self._arrived(call)
-
-    def _position(self, namespace: str, execution: Execution) -> str:
-        try:
-            return self._positions.position(namespace)
-        except ConfigurationError:  # inside of nodes that were not seen to begin
-            return f"?/{execution.place}"
 
     def _graph_began(self, call: Call, given: Mapping[str, Any], name: str) -> None:
         """Take note of a graph inside of a node: it may be a team's agent."""

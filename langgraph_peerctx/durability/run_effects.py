@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,7 +14,7 @@ from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.runnables import RunnableConfig
 from pydantic import JsonValue
 
-from langgraph_peerctx.durability.positions import Positions
+from langgraph_peerctx.durability.positions import Execution, Positions, place_of
 from langgraph_peerctx.durability.run_config import with_callback
 from langgraph_peerctx.errors import ConfigurationError
 from langgraph_peerctx.persistence.effect_ledger import (
@@ -39,7 +39,7 @@ class About:
 
     Attributes:
         epoch: The asker's.
-        input_digest: Of what the run was given; see `admission.digest_of`.
+        input_digest: Of what the run was given, where it is known; see `admission.digest_of`.
     """
 
     agent_id: str
@@ -83,6 +83,8 @@ class RunEffects(BaseCallbackHandler):
         peers: Who asks the peers; None if they are not to be asked.
         doubted_since: The run's ledger was lost: what is not in it may have been done, at this
             moment at the earliest.
+        digest: Returns what `about` does not tell: the digest of what the run was given. It takes
+            its time; it is asked once, in the ledger's thread, and not before there is an effect.
     """
 
     run_inline = True
@@ -95,13 +97,17 @@ class RunEffects(BaseCallbackHandler):
         incarnation: str,
         peers: Peers | None = None,
         doubted_since: datetime | None = None,
+        digest: Callable[[], str | None] | None = None,
     ) -> None:
         self.ledger: EffectLedger = ledger
         self.about: About = about
         self.peers: Peers | None = peers
         self._incarnation = incarnation
         self._doubted_since = doubted_since
-        self._positions = Positions()
+        self._input_digest = about.input_digest
+        self._digest = digest
+        self._digesting = threading.Lock()
+        self._positions = Positions(max_failures=None)
         self._begun: dict[str, Effect] = {}
         self._doing: dict[str, Doing] = {}
         self._lock = threading.Lock()
@@ -143,8 +149,36 @@ class RunEffects(BaseCallbackHandler):
         del error, kwargs
         self._positions.ended(run_id, has_failed=True)
 
-    def new(self, namespace: str, name: str, **terms: Unpack[EffectTerms]) -> NewEffect:
-        """Return the effect of this name at a place in the run.
+    def on_tool_start(
+        self,
+        serialized: dict[str, Any],
+        input_str: str,
+        *,
+        run_id: UUID,
+        parent_run_id: UUID | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """See `BaseCallbackHandler`: there may be graphs in a tool."""
+        del serialized, input_str, kwargs
+        self._positions.passing(run_id, parent_run_id)
+
+    def on_tool_end(self, output: Any, *, run_id: UUID, **kwargs: Any) -> None:
+        """See `BaseCallbackHandler`."""
+        del output, kwargs
+        self._positions.ended(run_id)
+
+    def on_tool_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
+        """See `BaseCallbackHandler`."""
+        del error, kwargs
+        self._positions.ended(run_id)
+
+    def use(self, config: RunnableConfig, name: str, what: object) -> Execution:
+        """Use a name where code stands, and return where that is.
+
+        Args:
+            config: That of the node.
+            name: The name.
+            what: What is to be done: if it has failed, the same may be tried again under its name.
 
         Raises:
             ConfigurationError: If the name cannot be one, or was used there before.
@@ -154,27 +188,36 @@ class RunEffects(BaseCallbackHandler):
                 f"the effect's key {name!r:.80} is no printable text of 1 to {NAME_LIMIT} "
                 "characters"
             )
-        position = self._positions.position(namespace)
-        used = self._positions.execution(namespace).used
-        if name in used:
-            raise ConfigurationError(
-                f"the effect's key {name!r:.80} is used twice at {position}: it would be done "
-                "once; give each effect of a node a key of its own"
-            )
-        used.add(name)
+        namespace = (config.get("configurable") or {})["checkpoint_ns"]
+        execution = self._positions.execution(namespace, config)
+        with self._lock:
+            if name in execution.used and not _is_same(execution.used[name], what):
+                raise ConfigurationError(
+                    f"the effect's key {name!r:.80} is used twice at {execution.position}: it "
+                    "would be done once; give each effect of a node a key of its own"
+                )
+            execution.used[name] = None
+        return execution
+
+    def give_back(self, execution: Execution, name: str, what: object) -> None:
+        """Let what has failed be tried again under its name: the ledger knows what came of it."""
+        execution.used[name] = what
+
+    def new(self, execution: Execution, name: str, **terms: Unpack[EffectTerms]) -> NewEffect:
+        """Return the effect of a name at a place in the run.
+
+        Raises:
+            ConfigurationError: If the place is not known.
+        """
         about = self.about
         return NewEffect(
             agent_id=about.agent_id,
             thread_id=about.thread_id,
             run_id=about.run_id,
-            position=position,
+            position=place_of(execution),
             name=name,
             **terms,
         )
-
-    def forget_name(self, namespace: str, name: str) -> None:
-        """Let an execution use a name once more."""
-        self._positions.forget_name(namespace, name)
 
     def ticket(self, effect: Effect) -> EffectTicket:
         """Return what travels with an effect."""
@@ -184,7 +227,7 @@ class RunEffects(BaseCallbackHandler):
             sender_id=effect.agent_id,
             thread_id=effect.thread_id,
             run_id=effect.run_id if effect.scope == "run" else effect.thread_id,
-            input_digest=self.about.input_digest if effect.scope == "run" else None,
+            input_digest=self._input_digest if effect.scope == "run" else None,
             epoch=effect.epoch,
         )
 
@@ -216,6 +259,7 @@ class RunEffects(BaseCallbackHandler):
 
     def intend(self, new: NewEffect, over: int | None = None) -> Standing:
         """See `EffectLedger.intend`."""
+        self._take_digest()
         standing = self.ledger.intend(
             new,
             epoch=self.about.epoch,
@@ -229,6 +273,11 @@ class RunEffects(BaseCallbackHandler):
         elif standing.effect.status == "done":
             self._settled(standing.effect)
         return standing
+
+    def _take_digest(self) -> None:
+        with self._digesting:
+            if self._digest is not None:
+                self._input_digest, self._digest = self._digest(), None
 
     def conclude(self, effect: Effect, outcome: JsonValue) -> None:
         """See `EffectLedger.conclude`."""
@@ -252,6 +301,14 @@ class RunEffects(BaseCallbackHandler):
     def _settled(self, effect: Effect) -> None:
         with self._lock:
             self._begun.pop(effect.effect_id, None)
+
+
+def _is_same(before: object, what: object) -> bool:
+    """Tell whether what failed is tried again; anybody's arguments may do anything at a look."""
+    try:
+        return before is not None and bool(before == what)
+    except Exception:  # noqa: BLE001
+        return False
 
 
 class Doing:

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from functools import partial
@@ -309,14 +309,15 @@ class Gatherer:
 
         Once our own heartbeat has come back, everybody has been read who beat before it.
         """
-        if self._roster is None or not request.in_doubt:
+        if not request.in_doubt:
             return
-        present = self._roster.present()
+        roster = self._roster
+        present = () if roster is None else roster.present()
         hosts = {
             peer_id: frozenset(m.beat.process_id for m in present if peer_id in m.beat.agents)
             for peer_id in {key.peer_id for key in request.in_doubt}
         }
-        wanted.find_hosts(hosts, are_all=self._roster.heard_at is not None)
+        wanted.find_hosts(hosts, are_all=roster is None or roster.heard_at is not None)
 
     async def _watch(self, request: ContextRequest, wanted: "Wanted") -> None:
         """Give up who leaves or falls silent, of those that the roster named."""
@@ -355,7 +356,7 @@ class Wanted:
     """Who is still to answer, and whether it is enough; the arguments are those of `gather`.
 
     Attributes:
-        hosts: The processes that host each peer that is asked about an effect.
+        hosts: The processes that host each peer that is asked about an effect, or did when it was.
         has_all_hosts: Whether those are all.
     """
 
@@ -404,9 +405,11 @@ class Wanted:
         self._is_enough = self._is_enough or not self.missing
         self._conclude()
 
-    def find_hosts(self, hosts: dict[str, frozenset[str]], *, are_all: bool) -> None:
+    def find_hosts(self, hosts: Mapping[str, frozenset[str]], *, are_all: bool) -> None:
         """Wait for these as well, and for others as long as they are not all."""
-        self.hosts, self.has_all_hosts = hosts, are_all
+        for peer_id, found in hosts.items():
+            self.hosts[peer_id] = self.hosts.get(peer_id, frozenset()) | found
+        self.has_all_hosts = are_all
         self._conclude()
 
     def give_up_hosts_but(self, present: Collection[str]) -> None:
@@ -425,8 +428,14 @@ class Wanted:
 
     @property
     def unheard(self) -> dict[str, tuple[str, ...]]:
-        """The processes that host a peer, and have not said what they know of its effects."""
-        missing = {peer: hosts - self.responders for peer, hosts in self.hosts.items()}
+        """The processes that host a peer, and have not said what they know of its effects.
+
+        One that declines has answered, and has not said it; who answers for a peer hosts it.
+        """
+        missing = {
+            peer: (hosts | _hosting(peer, self.responses)) - _telling(peer, self.responses)
+            for peer, hosts in self.hosts.items()
+        }
         return {peer: tuple(sorted(hosts)) for peer, hosts in missing.items() if hosts}
 
     def _judge(self, response: ContextResponse) -> None:
@@ -439,7 +448,8 @@ class Wanted:
             self._on_answer(response)
 
     def _conclude(self) -> None:
-        awaited = {host for hosts in self.unheard.values() for host in hosts} - self._gone_hosts
+        hosts = {host for hosts in self.hosts.values() for host in hosts}
+        awaited = hosts - self.responders - self._gone_hosts
         if self._is_enough and self.has_all_hosts and not awaited:
             self.satisfied.set()
 
@@ -562,6 +572,16 @@ def _names(response: ContextResponse) -> set[str]:
     process = response.responder_id
     agents = (answer.agent_id for answer in response.agents)
     return {process, f"{process}@{response.incarnation}", *agents}
+
+
+def _hosting(peer_id: str, responses: Iterable[ContextResponse]) -> set[str]:
+    """Return the processes that answer for a peer, whatever they say."""
+    return {r.responder_id for r in responses if peer_id in {a.agent_id for a in r.agents}}
+
+
+def _telling(peer_id: str, responses: Iterable[ContextResponse]) -> set[str]:
+    """Return the processes that say what they know of a peer's effects; who declines does not."""
+    return {r.responder_id for r in responses if peer_id in {w.agent_id for w in r.in_doubt}}
 
 
 def _shown(names: Iterable[str]) -> tuple[str, ...]:

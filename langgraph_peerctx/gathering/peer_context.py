@@ -137,7 +137,7 @@ class PeerContext:
         elapsed_seconds: From the request's sending to the end, by the monotonic clock.
         answers: Who answered and when, in the order in which they came.
         unheard: Of each peer that was asked about effects, the processes that are known to host it
-            and did not answer.
+            and did not say what they know: they are silent, or gone, or decline.
     """
 
     correlation_id: str

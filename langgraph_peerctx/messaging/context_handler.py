@@ -138,7 +138,8 @@ class ContextRequestHandler:
 
         A store that fails makes the answer `busy`, with the reason; a `may_answer` or `redact` that
         fails makes it `declined`: rather nothing is told than what should be hidden. In-doubt keys
-        that name this agent are answered whatever window and limits say; who declines settles none.
+        that name this agent are answered whatever window and limits say. Who declines settles none:
+        of them it has not been heard.
         """
         try:
             if not self._allowed(request):

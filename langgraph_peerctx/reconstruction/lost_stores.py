@@ -17,19 +17,21 @@ from langchain_core.runnables import RunnableConfig
 
 from langgraph_peerctx.asking import calls_of
 from langgraph_peerctx.durability.admission import (
+    Redact,
     fenced,
-    packed,
+    hides,
     packed_config,
     packed_context,
+    packed_input,
 )
 from langgraph_peerctx.durability.fenced_checkpointer import EPOCH, FencedCheckpointer
-from langgraph_peerctx.durability.ownership import AgentFence
+from langgraph_peerctx.durability.ownership import AgentFence, Ownership
 from langgraph_peerctx.durability.recording import recorded, recorder_of
 from langgraph_peerctx.durability.run_config import but_its_own
 from langgraph_peerctx.durability.workflow import Workflow, checkpointer_of
 from langgraph_peerctx.identifiers import new_id
 from langgraph_peerctx.owned import how_it_ended, name_of, warn_of_doubts, write_end
-from langgraph_peerctx.persistence.runs import NewRun, RunDurability, RunInput
+from langgraph_peerctx.persistence.runs import EndKind, NewRun, RunDurability, RunInput
 from langgraph_peerctx.protocol.messages import Json
 from langgraph_peerctx.reconstruction.checkpoint import reading
 from langgraph_peerctx.reconstruction.settling import OwnedThread
@@ -185,12 +187,14 @@ class LostStores:
         is_configured: Whether a control database was named: then any run is owned, otherwise only
             one that peers remember.
         is_another: Whether the caller wants another run than the lost one, of which nobody knows.
+        redact: What to store of the input; see `own_runs`.
     """
 
     owning: Callable[[], Awaitable[PeerContextRuntime]]
     asks_peers: bool
     is_configured: bool
     is_another: bool = False
+    redact: Redact | None = None
 
     def concerns(self, known: Remembered) -> bool:
         """Tell whether such a run is to be owned."""
@@ -213,8 +217,11 @@ class LostStores:
 
         Raises:
             ThreadBusyError: If anybody is at work on the thread.
+            ConfigurationError: If the input cannot be stored, or `redact` failed.
             StoreError: If the control database failed.
         """
+        value = packed_input(workflow, initial_state, self.redact)
+        input_digest = None if hides(value) else input_digest
         runtime = await self.owning()
         ownership = await runtime.own()
         thread_id = place["configurable"]["thread_id"]
@@ -226,7 +233,7 @@ class LostStores:
             run_id=known.run_id or new_id(),
             agent_id=agent_id,
             thread_id=thread_id,
-            given=RunInput(value=packed(workflow, initial_state, name="input")),
+            given=RunInput(value=value),
             workflow=name_of(workflow, agent_id),
             config=packed_config(workflow, place),
             context=packed_context(workflow, context),
@@ -251,13 +258,16 @@ class LostStores:
         try:
             yield begun
         except BaseException as error:
-            await write_end(ownership, held, run.run_id, *how_it_ended(error, ownership))
+            await write_end(ownership, held, run.run_id, *self._ended(error, ownership))
             raise
         if begun.error is not None:
-            await write_end(ownership, held, run.run_id, *how_it_ended(begun.error, ownership))
+            await write_end(ownership, held, run.run_id, *self._ended(begun.error, ownership))
         else:
             await write_end(ownership, held, run.run_id, "returned", None)
             warn_of_doubts(begun.place, "returned")
+
+    def _ended(self, error: BaseException, ownership: Ownership) -> tuple[EndKind, str | None]:
+        return how_it_ended(error, ownership, is_hidden=self.redact is not None)
 
 
 async def epoch_above(workflow: Workflow, place: RunnableConfig, timeout_seconds: float) -> int:

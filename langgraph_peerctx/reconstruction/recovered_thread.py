@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 from langchain_core.runnables import RunnableConfig
 
-from langgraph_peerctx.durability.admission import digest_of, of_admitted_run
+from langgraph_peerctx.durability.admission import digest_of, is_redacted, of_admitted_run
 from langgraph_peerctx.durability.workflow import of_run, thread_config
 from langgraph_peerctx.errors import PeerContextError
 from langgraph_peerctx.persistence.effect_ledger import Effect
@@ -65,8 +65,8 @@ class RecoveredThread:
 
     def digest(self, state: RecoveryState) -> str | None:
         """Return what tells the run from others by what it was given; of a redacted one nothing."""
-        admitted = self.plan.admitted
-        if admitted is not None and admitted.inputs[0].is_redacted:
+        admitted, ended = self.plan.admitted, self.plan.ended
+        if (admitted and admitted.inputs[0].is_redacted) or (ended and is_redacted(ended)):
             return None
         given = self.initial_state(state)
         return None if given is None else digest_of(given)

@@ -476,7 +476,8 @@ class Recoverer:
 
     async def _settle(self, recovery: Recovery, settlement: Settlement) -> bool:
         """Write the end down, whoever is cancelled meanwhile; tell whether it was ours to write."""
-        write = partial(self._settled, recovery, storable(recovery.run, settlement))
+        settlement = storable(recovery.run, settlement)  # whichever way it is written down
+        write = partial(self._settled, recovery, settlement)
         settling = asyncio.ensure_future(self._ownership.control.in_thread(write))
         try:
             is_ours = await asyncio.shield(settling)

@@ -14,7 +14,7 @@ from langgraph.types import Durability
 from langgraph_peerctx import tracing
 from langgraph_peerctx.asking import Calls, calls_of
 from langgraph_peerctx.config import PeerContextSettings
-from langgraph_peerctx.durability.admission import fenced
+from langgraph_peerctx.durability.admission import Redact, fenced
 from langgraph_peerctx.durability.isolation import in_empty_context
 from langgraph_peerctx.durability.ownership import AgentFence, Ownership
 from langgraph_peerctx.durability.workflow import Workflow, compiled, thread_config
@@ -23,11 +23,10 @@ from langgraph_peerctx.gathering.gatherer import OnAnswer
 from langgraph_peerctx.identifiers import check_id
 from langgraph_peerctx.nodes.on_runtime import Update, Work
 from langgraph_peerctx.nodes.peer_context_subgraph import Limits
-from langgraph_peerctx.owned import unowned
+from langgraph_peerctx.owned import redact_of, unowned
 from langgraph_peerctx.persistence.database import open_in_thread
 from langgraph_peerctx.persistence.incidents import ControlDatabase, Settlement
 from langgraph_peerctx.persistence.inspection import has_schema
-from langgraph_peerctx.persistence.runs import Run
 from langgraph_peerctx.protocol.looking import plain
 from langgraph_peerctx.protocol.messages import InDoubtKey
 from langgraph_peerctx.reconstruction.gap_filling import Inference
@@ -39,7 +38,12 @@ from langgraph_peerctx.reconstruction.recovery_plan import RecoveryPlan
 from langgraph_peerctx.reconstruction.result import RecoveryResult
 from langgraph_peerctx.reconstruction.settling import OwnedThread
 from langgraph_peerctx.reconstruction.sources import ContextRuntime
-from langgraph_peerctx.reconstruction.standing import as_it_stands, kept, storable
+from langgraph_peerctx.reconstruction.standing import (
+    as_it_stands,
+    kept,
+    storable,
+    without_values,
+)
 from langgraph_peerctx.runtime import PeerContextRuntime
 
 
@@ -124,8 +128,10 @@ async def recover_and_resume_workflow_async(
         )
     settings = settings or (runtime.settings if runtime else PeerContextSettings())
     source = _Borrowed(runtime) if runtime else _Opened(settings)
+    given = compiled(workflow)
+    redact = redact_of(given)
     plan = RecoveryPlan(
-        workflow=unowned(compiled(workflow)),
+        workflow=unowned(given),
         channel=peer_context_channel,
         context=context,
         config=config,
@@ -155,12 +161,20 @@ async def recover_and_resume_workflow_async(
         "in_doubt": [key.model_dump(mode="json") for key in in_doubt],
     }
     standing = await standing_of(settings, agent_id, thread_id)
+    if answers and standing == "unknown":
+        raise ConfigurationError(
+            f"answers={dict(answers)!r:.80}: no record is left of a run of {agent_id!r} in thread "
+            f"{thread_id!r}, so no effect of it is known yet: recover without answers=, and answer "
+            "what it asks"
+        )
     async with source:
         if standing == "unknown":
-            steps = RecoverySteps(replace(plan, lost=_lost_stores(source, plan)))
+            steps = RecoverySteps(replace(plan, lost=_lost_stores(source, plan, redact)))
             result = await _recovered(steps, order)
             if steps.begun is not None:
-                await _keep(steps.begun.thread, None, result)
+                end = _end(result)
+                end = end if redact is None else without_values(end)
+                await _keep(steps.begun.thread, end, result)
             return result
         owning = await source.owning()
         ownership = await owning.own()
@@ -209,33 +223,37 @@ async def _recovered_under_a_lease(
         ended = await ownership.control.anewest_run(agent_id, thread_id)
         plan = replace(plan, workflow=behind, thread=thread, ended=ended)
         result = await _recovered(RecoverySteps(plan), order)
-        await _keep(thread, ended, result)
+        end = _end(result)
+        await _keep(thread, end if ended is None else storable(ended, end), result)
         return result
     finally:
         await ownership.release(agent_id, thread_id)
 
 
-async def _keep(thread: OwnedThread, ended: Run | None, result: RecoveryResult) -> None:
+def _end(result: RecoveryResult) -> Settlement:
+    """Return the end of a recovery that brought a run on, with all that is known."""
+    report = plain(result["incident"])
+    return Settlement(status="recovered", end_kind="returned", result=kept(result), report=report)
+
+
+async def _keep(thread: OwnedThread, end: Settlement, result: RecoveryResult) -> None:
     """Keep the record of a recovery that brought a run on; the run counts, whatever becomes of it.
 
     Args:
         thread: Whose it was, under our lease.
-        ended: The run, where its record was there.
+        end: What is to be stored of its end.
         result: How it ended.
     """
     if not result["recovered"]:
         return
-    report = plain(result["incident"])
-    how = Settlement(status="recovered", end_kind="returned", result=kept(result), report=report)
-    how = how if ended is None else storable(ended, how)
     ownership = thread.ownership
     keep = partial(
         ownership.control.keep_recovery,
         thread.held.lease,
         result["incident"]["run_id"],
         recoverer_id=ownership.owner.owner_id,
-        result=how.result or {},
-        report=how.report or {},
+        result=end.result or {},
+        report=end.report or {},
     )
     try:
         await ownership.control.in_thread(keep)
@@ -295,7 +313,9 @@ def supervised_as(plan: RecoveryPlan) -> SupervisedWorkflow:
     )
 
 
-def _lost_stores(source: "_Borrowed | _Opened", plan: RecoveryPlan) -> LostStores | None:
+def _lost_stores(
+    source: "_Borrowed | _Opened", plan: RecoveryPlan, redact: Redact | None
+) -> LostStores | None:
     """Return what begins a run anew of which no record is left; None where nothing can be owned."""
     settings = plan.settings_now()
     if not source.can_own:
@@ -305,6 +325,7 @@ def _lost_stores(source: "_Borrowed | _Opened", plan: RecoveryPlan) -> LostStore
         asks_peers=plan.use_peer_context,
         is_configured=settings.control_database_url is not None,
         is_another=plan.despite_silence,
+        redact=redact,
     )
 
 

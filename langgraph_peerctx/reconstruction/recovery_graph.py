@@ -293,10 +293,8 @@ class RecoverySteps:
                 for effect, word in words_on(effects, peers):
                     await self.plan.thread.settle(effect, word, "peer")
                 effects = await self._thread.effects(state.get("run_id"))
-            doubts = self._thread.doubted(state, effects)
-            found = await self._infer(
-                state, view, reconstruct(query, view, own, peers, effects, doubts=doubts)
-            )
+            # What is in doubt now is for `settle`, after which nothing is.
+            found = await self._infer(state, view, reconstruct(query, view, own, peers, effects))
             evidence = dict(found)
             del evidence["state"]  # it is in the thread's own checkpoint
             step.detail.update(own_events=len(own.events), degraded=bool(evidence["degraded"]))

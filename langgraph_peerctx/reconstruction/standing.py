@@ -56,8 +56,7 @@ def as_it_stands(
         incident: The thread's newest incident, if it has one.
         others: Other agents that have a thread of this name.
     """
-    is_done = incident is not None and incident.status == "recovered" and bool(incident.result)
-    if incident and is_done and (lost is None or lost.run_id == incident.run_id):
+    if incident and incident.result and _is_over(incident, lost):
         return _elsewhere(incident)
     if lost is None:
         reason = f"nothing_to_recover: {agent_id} has no run of this thread that has not ended"
@@ -73,6 +72,13 @@ def as_it_stands(
         return _result(agent_id, thread_id, "unreachable", reason)
     status, why = _SAID[incident.status]
     return result_without(incident, status, f"{status}: {why(incident)}")
+
+
+def _is_over(incident: Incident, lost: LostRun | None) -> bool:
+    """Tell whether an incident is the last word on a thread: its run was not begun again since."""
+    if incident.status != "recovered" or lost is None:
+        return incident.status == "recovered"
+    return lost.run_id == incident.run_id and lost.epoch <= incident.epoch
 
 
 def kept(result: RecoveryResult) -> dict[str, Any]:
@@ -95,8 +101,12 @@ def storable(run: Run, settlement: Settlement) -> Settlement:
         run: The run.
         settlement: The end, with all that is known.
     """
-    if not any(is_redacted(run, number) for number in range(len(run.inputs))):
-        return settlement
+    is_hidden = any(is_redacted(run, number) for number in range(len(run.inputs)))
+    return without_values(settlement) if is_hidden else settlement
+
+
+def without_values(settlement: Settlement) -> Settlement:
+    """Return of a recovery's end how it ended, and nothing that was in its run; pure."""
     result = settlement.result
     return replace(
         settlement,

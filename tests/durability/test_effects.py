@@ -1,25 +1,30 @@
 """An effect is done once at its place in the run, and what is in doubt is never guessed."""
 
 import asyncio
-import operator
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import pytest
+from durability.effect_world import (
+    AGENT,
+    PEER,
+    RUN,
+    THREAD,
+    DieError,
+    State,
+    World,
+    line,
+)
 from langgraph.checkpoint.memory import InMemorySaver
-from langgraph.errors import EmptyInputError
 from langgraph.func import entrypoint, task
 from langgraph.graph import END, START, StateGraph
 from langgraph.types import Command, RetryPolicy, Send, interrupt
-from typing_extensions import TypedDict
 
 from langgraph_peerctx import Settled, current_effect, effect
-from langgraph_peerctx.durability.run_effects import About, RunEffects
 from langgraph_peerctx.errors import (
     CheckpointerError,
     ConfigurationError,
@@ -29,101 +34,7 @@ from langgraph_peerctx.errors import (
 )
 from langgraph_peerctx.persistence.effect_ledger import NewEffect
 from langgraph_peerctx.persistence.incidents import ControlDatabase
-from langgraph_peerctx.protocol.messages import InDoubtAnswer, InDoubtKey, Verdict
-
-AGENT, THREAD, RUN, PEER = "product-agent", "thread-1", "run-1", "inventory-agent"
-INCARNATION = "one-life"
-
-
-class State(TypedDict, total=False):
-    log: Annotated[list[Any], operator.add]
-    n: int
-    given: Any
-
-
-@pytest.fixture
-def control(tmp_path: Path) -> Iterator[ControlDatabase]:
-    with ControlDatabase(f"sqlite:///{tmp_path}/control.db") as opened:
-        yield opened
-
-
-class World:
-    """What was done, and what the peer says."""
-
-    def __init__(self, control: ControlDatabase) -> None:
-        self.control = control
-        self.done: list[Any] = []
-        self.asked: list[tuple[About, InDoubtKey]] = []
-        self.says: Verdict | None = None
-        self.reply: Any = None
-        self.claim("one-life")
-
-    def claim(self, incarnation: str, *, dead: str | None = None) -> None:
-        lease = self.control.claim(
-            AGENT,
-            THREAD,
-            owner_id="process",
-            incarnation=incarnation,
-            ttl_seconds=60,
-            dead_incarnation=dead,
-        )
-        assert lease is not None
-        self.incarnation, self.epoch = incarnation, lease.epoch
-
-    def effects(self, run_id: str = RUN, **more: Any) -> RunEffects:
-        about = About(agent_id=AGENT, thread_id=THREAD, run_id=run_id, epoch=self.epoch)
-        return RunEffects(self.control, about, incarnation=self.incarnation, peers=self, **more)
-
-    def at(self, run_id: str = RUN, **more: Any) -> Any:
-        place: Any = {"configurable": {"thread_id": THREAD}}
-        return self.effects(run_id, **more).go_along(place)
-
-    def act(self, what: Any = "it", fails: BaseException | None = None) -> Any:
-        self.done.append(what)
-        if fails is not None:
-            raise fails
-        return {"done": what, "times": len(self.done)}
-
-    async def aact(self, what: Any = "it", fails: BaseException | None = None) -> Any:
-        await asyncio.sleep(0)
-        return self.act(what, fails)
-
-    def ask(self, about: About, key: InDoubtKey) -> InDoubtAnswer | None:
-        self.asked.append((about, key))
-        if self.says is None:
-            return None
-        return InDoubtAnswer(
-            effect_key=key.effect_key, agent_id=key.peer_id, verdict=self.says, reply=self.reply
-        )
-
-    async def aask(self, about: About, key: InDoubtKey) -> InDoubtAnswer | None:
-        return self.ask(about, key)
-
-    def known(self, run_id: str = RUN) -> list[Any]:
-        return self.control.effects_of(AGENT, THREAD, run_id)
-
-
-@pytest.fixture
-def world(control: ControlDatabase) -> World:
-    return World(control)
-
-
-Node = Callable[[State], Any]
-
-
-def line(*nodes: tuple[str, Any], **more: Any) -> Any:
-    builder = StateGraph(State)
-    before = START
-    for name, node in nodes:
-        builder.add_node(name, node, **more)
-        builder.add_edge(before, name)
-        before = name
-    builder.add_edge(before, END)
-    return builder.compile(checkpointer=InMemorySaver())
-
-
-class DieError(BaseException):
-    """A kill, as far as a test can have one in its own process."""
+from langgraph_peerctx.protocol.messages import Verdict
 
 
 async def test_a_node_that_runs_again_gets_the_outcome_and_calls_nothing(world: World) -> None:
@@ -972,243 +883,3 @@ async def test_a_run_knows_which_of_its_effects_have_no_outcome(world: World) ->
     assert left.name == "unclear"
     effects.settle(left, "not_seen", "peer")
     assert effects.unsettled == []
-
-
-# Retries: LangGraph counts a node's nested graphs and calls on
-
-
-def twice(error: type[Exception] = ConnectionError) -> RetryPolicy:
-    return RetryPolicy(max_attempts=2, initial_interval=0.01, jitter=False, retry_on=error)
-
-
-def fails_once() -> Callable[[], None]:
-    fails = [True]
-
-    def end() -> None:
-        if fails.pop() if fails else False:
-            raise ConnectionError
-
-    return end
-
-
-@pytest.mark.parametrize("saver", [True, False, None])
-@pytest.mark.parametrize("is_called", [True, False])
-async def test_a_retry_of_a_node_does_nothing_again_that_graphs_in_it_have_done(
-    world: World, *, saver: bool | None, is_called: bool
-) -> None:
-    end = fails_once()
-
-    async def place(_: State) -> Any:
-        return {"log": [(await effect("order", world.aact, "one"))["done"]]}
-
-    async def bill(_: State) -> Any:
-        told = await effect("order", world.aact, "two")
-        end()
-        return {"log": [told["done"]]}
-
-    nested = line(("place", place), ("bill", bill)).copy({"checkpointer": saver})
-
-    async def called(_: State) -> Any:
-        return await nested.ainvoke({})
-
-    app = line(("sub", called if is_called else nested), retry_policy=twice())
-    assert (await app.ainvoke({}, world.at()))["log"] == ["one", "two"]
-    assert world.done == ["one", "two"]
-    assert [e.position for e in world.known()] == ["sub@1/place@1", "sub@1/bill@2"]
-
-
-async def test_a_retry_counts_the_graphs_that_it_calls_as_the_attempt_before_it(
-    world: World,
-) -> None:
-    """Also where the first of them ends before its first node."""
-    end, breaks = fails_once(), [True]
-
-    async def place(state: State) -> Any:
-        return {"log": [(await effect("order", world.aact, state["n"]))["done"]]}
-
-    nested = line(("place", place)).copy({"checkpointer": None})
-
-    async def node(_: State) -> Any:
-        given: Any = {"n": 1}
-        if breaks.pop() if breaks else False:
-            given = None
-        first = await nested.ainvoke(given)
-        second = await nested.ainvoke({"n": 2})
-        end()
-        return {"log": [*first["log"], *second["log"]]}
-
-    def is_broken(error: Exception) -> bool:
-        return isinstance(error, ConnectionError | EmptyInputError)
-
-    policy = RetryPolicy(max_attempts=3, initial_interval=0.01, jitter=False, retry_on=is_broken)
-    app = line(("node", node), retry_policy=policy)
-    assert (await app.ainvoke({}, world.at()))["log"] == [1, 2]
-    assert world.done == [1, 2]
-    assert [e.position for e in world.known()] == ["node@1/place@1", "node@1+1/place@1"]
-
-
-@pytest.mark.parametrize("is_entrypoint", [True, False])
-async def test_a_retry_does_nothing_again_that_its_tasks_have_done(
-    world: World, *, is_entrypoint: bool
-) -> None:
-    end = fails_once()
-
-    @task
-    async def order(number: int) -> Any:
-        return (await effect("order", world.aact, number))["done"]
-
-    async def all_orders() -> Any:
-        found = await asyncio.gather(*(order(number) for number in range(3)))
-        end()
-        return found
-
-    if is_entrypoint:
-
-        @entrypoint(checkpointer=InMemorySaver(), retry_policy=twice())
-        async def flow(_: int) -> Any:
-            return await all_orders()
-
-        assert await flow.ainvoke(0, world.at()) == [0, 1, 2]
-        caller = "flow@0"
-    else:
-
-        async def node(_: State) -> Any:
-            return {"log": await all_orders()}
-
-        app = line(("node", node), retry_policy=twice())
-        assert (await app.ainvoke({}, world.at()))["log"] == [0, 1, 2]
-        caller = "node@1"
-    assert sorted(world.done) == [0, 1, 2]
-    step = caller.partition("@")[2]
-    assert {e.position for e in world.known()} == {
-        f"{caller}/order@{step}({number})" for number in range(3)
-    }
-
-
-def test_a_retry_of_sync_tasks_in_threads_does_nothing_again(world: World) -> None:
-    end = fails_once()
-
-    @task
-    def order(number: int) -> Any:
-        time.sleep(0.01 * (5 - number))  # the last is the first to be done
-        return effect("order", world.act, number)["done"]
-
-    @entrypoint(checkpointer=InMemorySaver(), retry_policy=twice())
-    def flow(_: int) -> Any:
-        found = [future.result() for future in [order(number) for number in range(5)]]
-        end()
-        return found
-
-    assert flow.invoke(0, world.at()) == [0, 1, 2, 3, 4]
-    assert sorted(world.done) == [0, 1, 2, 3, 4]
-
-
-async def test_what_a_failed_attempt_has_called_stands_where_the_next_one_calls_it(
-    world: World,
-) -> None:
-    """It is still at work while its caller is tried again."""
-    second, go_on = asyncio.Event(), asyncio.Event()
-
-    async def slow(number: int) -> Any:
-        await go_on.wait()
-        return await world.aact(number)
-
-    @task
-    async def order(number: int) -> Any:
-        return (await effect("order", slow, number))["done"]
-
-    @entrypoint(checkpointer=InMemorySaver(), retry_policy=twice())
-    async def flow(_: int) -> Any:
-        doing = order(7)
-        await asyncio.sleep(0.05)
-        if not second.is_set():
-            second.set()
-            raise ConnectionError
-        go_on.set()
-        return await doing
-
-    assert await flow.ainvoke(0, world.at()) == 7
-    assert world.done == [7]
-
-
-async def test_graphs_with_checkpoints_of_their_own_that_run_side_by_side_are_told_apart(
-    world: World,
-) -> None:
-    """All three have one namespace, `work`."""
-
-    async def inner(state: State) -> Any:
-        await asyncio.sleep(0.01)
-        return {"log": [(await effect("order", world.aact, state["n"]))["done"]]}
-
-    nested = line(("inner", inner)).copy({"checkpointer": True})
-
-    async def work(state: State) -> Any:
-        await nested.ainvoke({"n": state["n"]})
-        return {}
-
-    builder = StateGraph(State)
-    builder.add_node("work", work)
-    builder.add_conditional_edges(
-        START, lambda _: [Send("work", {"n": n}) for n in range(3)], ["work"]
-    )
-    await builder.compile(checkpointer=InMemorySaver()).ainvoke({}, world.at())
-    assert sorted(world.done) == [0, 1, 2]
-    assert {e.position for e in world.known()} == {f"work@1[{n}]/inner@1" for n in range(3)}
-
-
-@pytest.mark.parametrize("saver", [True, None])
-async def test_a_node_may_have_any_name(world: World, *, saver: bool | None) -> None:
-    async def inner(state: State) -> Any:
-        return {"log": [(await effect("order", world.aact, state["n"]))["done"]]}
-
-    nested = line(("2", inner)).copy({"checkpointer": saver})
-
-    async def twice_called(_: State) -> Any:
-        return {"log": [(await nested.ainvoke({"n": n}))["log"][-1] for n in (1, 2)]}
-
-    app = line(("1", twice_called))
-    await app.ainvoke({}, world.at())
-    assert world.done == [1, 2]
-    assert [e.position for e in world.known()] == ["1@1/2@1", "1@1+1/2@1"]
-
-
-async def test_a_task_may_have_any_name(world: World) -> None:
-    @task(name="a|b:c")
-    async def order() -> Any:
-        return (await effect("order", world.aact))["done"]
-
-    @entrypoint(checkpointer=InMemorySaver())
-    async def flow(_: int) -> Any:
-        return await order()
-
-    assert await flow.ainvoke(0, world.at()) == "it"
-    assert [e.position for e in world.known()] == ["flow@0/a%7Cb%3Ac@0(0)"]
-
-
-@pytest.mark.parametrize("is_refused", [True, False])
-async def test_a_node_may_itself_try_again_what_has_failed(
-    world: World, *, is_refused: bool
-) -> None:
-    """As the retries of tools do. What is in doubt is asked about first."""
-    world.says, world.reply = "seen", {"number": 7}
-    fails = [ConnectionRefusedError() if is_refused else TimeoutError()]
-
-    async def send(what: str) -> Any:
-        return await world.aact(what, fails.pop() if fails else None)
-
-    async def node(_: State) -> Any:
-        send_once = partial(
-            effect, "order", send, "4711", peer=PEER, not_done_on=[ConnectionRefusedError]
-        )
-        try:
-            return {"log": [await send_once()]}
-        except OSError:
-            return {"log": [await send_once()]}
-
-    told = await line(("node", node)).ainvoke({}, world.at())
-    if is_refused:
-        assert told == {"log": [{"done": "4711", "times": 2}]}
-        assert world.asked == []
-    else:
-        assert told == {"log": [{"number": 7}]}
-        assert world.done == ["4711"]

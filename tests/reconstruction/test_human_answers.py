@@ -13,6 +13,7 @@ from owning import AGENT, AT, GHOST, THREAD, new_run, newest, until
 from typing_extensions import TypedDict
 
 from langgraph_peerctx import background, effect
+from langgraph_peerctx.config import PeerContextSettings
 from langgraph_peerctx.durability.admission import packed_config
 from langgraph_peerctx.durability.run_effects import About, RunEffects
 from langgraph_peerctx.errors import ConfigurationError, InDoubtError
@@ -146,13 +147,14 @@ async def lose(control: ControlDatabase, app: Any) -> None:
         await app.ainvoke({"log": ["in"]}, place, durability="sync")
 
 
-async def recover(app: Any, answers: Any = None) -> Any:
+async def recover(app: Any, answers: Any = None, **more: Any) -> Any:
     return await recover_and_resume_workflow_async(
         workflow=app,
         agent_id=AGENT,
         thread_id=THREAD,
         answers=answers,
         use_peer_context=False,
+        **more,
     )
 
 
@@ -500,6 +502,39 @@ async def test_by_hand_an_answer_does_not_wait_for_the_next_attempt(
     result = await recover(app, {"order": {"happened": True, "reply": 7}})
     assert result["status"] == "resumed"
     assert shop.calls == ["order"]
+
+
+@pytest.mark.parametrize("answers", [{"order": True}, {"no such key": True}])
+async def test_by_hand_answers_about_a_run_of_which_no_record_is_left_are_refused(
+    control: ControlDatabase, settings: PeerContextSettings, monkeypatch: Any, answers: Any
+) -> None:
+    monkeypatch.setenv("PEER_CONTEXT_CONTROL_DATABASE_URL", settings.control_url)
+    shop = Shop()
+    app = in_line(orders(shop))
+    began: Any = {"initial_state": {"log": ["in"]}}
+    with pytest.raises(ConfigurationError, match="no effect of it is known yet: recover without"):
+        await recover(app, answers, **began)
+    assert app.get_state(AT).values == {}
+    assert control.lease_of(AGENT, THREAD) is None
+    assert (await recover(app, **began))["status"] == "in_doubt"
+    result = await recover(app, {"order": {"happened": True, "reply": 7}}, **began)
+    assert result["final_state"]["log"] == ["in", 7]
+    assert shop.calls == []
+
+
+@pytest.mark.parametrize("is_lost", [True, False])
+async def test_what_a_human_has_answered_is_not_called_unknown_any_more(
+    control: ControlDatabase, *, is_lost: bool
+) -> None:
+    shop = Shop("order", error=KilledError() if is_lost else None)
+    app = in_line(orders(shop))
+    await (lose(control, app) if is_lost else fail(app))
+    asked = await recover(app)
+    assert "Did 'order' happen?" in asked["reasons"][0]
+    result = await recover(app, {"order": False})
+    assert result["status"] == "resumed"
+    assert [reason for reason in result["reasons"] if reason.startswith("in_doubt")] == []
+    assert shop.calls == ["order", "order"]
 
 
 @pytest.mark.parametrize("answers", [True, "yes", [1]])

@@ -255,10 +255,58 @@ async def test_the_record_of_a_recovery_by_hand_is_kept(control: ControlDatabase
     assert control.all_incidents() == [incident], "what brought nothing on is no recovery"
 
 
-async def test_a_fork_from_a_subgraphs_checkpoint_is_recovered(control: ControlDatabase) -> None:
+async def test_a_run_that_went_on_after_a_recovery_by_hand_is_not_told_by_its_old_end(
+    control: ControlDatabase,
+) -> None:
+    fails = [True]
+
+    def first(_state: Any) -> Any:
+        if fails.pop() if fails else False:
+            raise ValueError("no paper")
+        return {"log": ["first"]}
+
+    app = workflow(asks, first=first)
+    with pytest.raises(ValueError, match="no paper"):
+        await own_runs(app, agent_id=AGENT).ainvoke(IN, AT)
+
+    async def recover() -> Any:
+        return await recover_and_resume_workflow_async(
+            workflow=app, agent_id=AGENT, thread_id=THREAD, use_peer_context=False
+        )
+
+    assert (await recover())["status"] == "waiting_for_human"
+    assert incident_of(control).status == "recovered"
+    answer = new(app, Command(resume="three"), run_id=newest(control).run_id)
+    control.reopen(answer, Owner(owner_id="alive", incarnation="alive-1", ttl_seconds=60))
+    result = await recover()
+    assert (result["status"], result["final_state"]) == ("unreachable", None)
+    assert "alive holds the thread's lease" in result["reasons"][0]
+
+
+@pytest.mark.parametrize(
+    ("lost", "status", "runs"),
+    [
+        ("before its first step", "restarted", ["y"]),
+        ("in the subgraph", "resumed", ["y", "y"]),
+        # It names nothing to a root graph, and the thread had come to its end.
+        ("without a map", "restarted", []),
+    ],
+)
+async def test_a_fork_from_a_subgraphs_checkpoint_is_recovered(
+    control: ControlDatabase, lost: str, status: str, runs: list[str]
+) -> None:
+    ran: list[str] = []
+    crashes: list[str] = []
+
+    def y(_state: State) -> Any:
+        ran.append("y")
+        if crashes:
+            raise CheckpointerError(crashes.pop())
+        return {"log": ["y"]}
+
     inner = StateGraph(State)
-    inner.add_node("x", lambda _state: {"log": ["x"]})
-    inner.add_node("y", lambda _state: {"log": ["y"]})
+    inner.add_node("x", lambda _state: ran.append("x") or {"log": ["x"]})
+    inner.add_node("y", y)
     inner.add_edge(START, "x")
     inner.add_edge("x", "y")
     builder = StateGraph(State)
@@ -267,11 +315,26 @@ async def test_a_fork_from_a_subgraphs_checkpoint_is_recovered(control: ControlD
     saver = InMemorySaver()
     app = builder.compile(checkpointer=saver, name="launch")
     await app.ainvoke({"log": ["in"]}, AT)
-    inside = [t for t in saver.list(AT) if t.config["configurable"]["checkpoint_ns"] == "child"]
-    fork = inside[1].config
-    await lose(control, new(app, None, config=packed_config(app, fork)))
+    found = {
+        (place["checkpoint_ns"], t.metadata["step"]): place["checkpoint_id"]
+        for t in saver.list(AT)
+        if (place := t.config["configurable"])
+    }
+    root, inside = found["", 0], found["child", 1]
+    mapped = {"checkpoint_map": {"": root, "child": inside}}
+    alone = {"thread_id": THREAD, "checkpoint_ns": "child", "checkpoint_id": inside}
+    ran.clear()
+    if lost == "in the subgraph":
+        crashes.append("the disk is full")
+        with pytest.raises(CheckpointerError):
+            await own_runs(app, agent_id=AGENT).ainvoke(None, {"configurable": alone | mapped})
+    else:
+        place = alone if lost == "without a map" else {**mapped, "checkpoint_id": root}
+        config = packed_config(app, {"configurable": place})
+        await lose(control, new(app, None, config=config))
     result = await recovered(app)
-    assert result["status"] == "restarted"
+    assert (result["status"], ran) == (status, runs)
+    assert result["final_state"]["log"] == ["in", "in", "x", "y"]
     assert newest(control).end_kind == "returned"
 
 
