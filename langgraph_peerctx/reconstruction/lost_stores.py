@@ -30,7 +30,8 @@ from langgraph_peerctx.durability.recording import recorded, recorder_of
 from langgraph_peerctx.durability.run_config import but_its_own
 from langgraph_peerctx.durability.workflow import Workflow, checkpointer_of
 from langgraph_peerctx.identifiers import new_id
-from langgraph_peerctx.owned import how_it_ended, name_of, warn_of_doubts, write_end
+from langgraph_peerctx.owned import name_of
+from langgraph_peerctx.owned_run import how_it_ended, warn_of_doubts, write_end
 from langgraph_peerctx.persistence.runs import EndKind, NewRun, RunDurability, RunInput
 from langgraph_peerctx.protocol.messages import Json
 from langgraph_peerctx.reconstruction.checkpoint import reading
