@@ -31,11 +31,11 @@ studio: $(VENV)/studio
 notebooks: $(VENV)/notebooks
 	$(BIN)/jupyter nbconvert --execute --to html --output-dir build/notebooks notebooks/*.ipynb
 
-# Tests wait more than they compute: three at a time, a file in one go; conftest.py has an order.
+# Tests wait more than they compute: four at a time, a file in one go; conftest.py has an order.
 # The experiments have processes of their own, and want the machine for themselves.
 test: lint types
 	$(BIN)/python -m pytest --ignore tests/chaos --ignore tests/matrix \
-		--numprocesses 3 --dist loadfile --no-loadscope-reorder \
+		--numprocesses 4 --dist loadfile --no-loadscope-reorder \
 		--cov --cov-report term:skip-covered
 	$(BIN)/python -m pytest tests/chaos \
 		--numprocesses 3 --dist loadfile --no-loadscope-reorder

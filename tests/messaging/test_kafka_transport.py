@@ -462,20 +462,19 @@ async def test_a_send_to_a_frozen_broker_ends_at_its_deadline_unknown(
 
 async def test_close_on_a_killed_broker_is_quick_and_leaves_nothing(steady: KafkaServer) -> None:
     before = open_files()
-    for _ in range(2):
-        transport = KafkaTransport(KafkaConfig(bootstrap_servers=steady.bootstrap_servers))
-        await transport.start()
-        topic = await fresh_topic(transport)
-        subscription = await transport.subscribe([topic], Arrivals())
-        await subscription.positioned()
-        sending = asyncio.create_task(transport.send(topic, b"x"))
-        steady.kill()
-        started = time.monotonic()
-        await transport.close()
-        assert time.monotonic() - started < 5
-        await asyncio.wait({sending}, timeout=6)
-        sending.exception()
-        steady.start()
+    transport = KafkaTransport(KafkaConfig(bootstrap_servers=steady.bootstrap_servers))
+    await transport.start()
+    topic = await fresh_topic(transport)
+    subscription = await transport.subscribe([topic], Arrivals())
+    await subscription.positioned()
+    sending = asyncio.create_task(transport.send(topic, b"x"))
+    steady.kill()
+    started = time.monotonic()
+    await transport.close()
+    assert time.monotonic() - started < 5
+    await asyncio.wait({sending}, timeout=6)
+    sending.exception()
+    steady.start()
     assert open_files() <= before + 1
 
 
@@ -526,7 +525,7 @@ async def test_a_restart_loses_nothing_that_was_acknowledged(steady: KafkaServer
     assert len(arrivals.values) == len({r.offset for r in arrivals.records})
 
 
-@pytest.mark.parametrize("delay_seconds", [0.05, 0.2, 2.0])
+@pytest.mark.parametrize("delay_seconds", [0.05, 0.5])
 async def test_a_slow_link_loses_nothing_that_is_sent_after_positioning(
     steady: KafkaServer, delay_seconds: float
 ) -> None:
