@@ -33,6 +33,7 @@ _LEVELS = "|"
 _TASK = ":"
 _PULL = "__pregel_pull"
 _SCRATCHPAD = "__pregel_scratchpad"
+_COUNTERS = ("call_counter", "subgraph_counter")
 _COUNT = re.compile(r"count\((\d+)\)")
 _UNKNOWN = (
     "the place in the run is not known: the callbacks of this run do not reach here; or a node is "
@@ -42,10 +43,10 @@ _UNKNOWN = (
 
 
 class Counters(NamedTuple):
-    """LangGraph's own, of one node's calls and nested graphs."""
+    """LangGraph's own, of one node's calls and nested graphs; None where it has no such thing."""
 
-    calls: Callable[[], int]
-    graphs: Callable[[], int]
+    calls: Callable[[], int] | None
+    graphs: Callable[[], int] | None
 
 
 class _Counts(NamedTuple):
@@ -171,7 +172,7 @@ class Positions:
         scratchpad = given.get(_SCRATCHPAD)
         if execution is None or execution.counters is not None or scratchpad is None:
             return
-        counters = Counters(scratchpad.call_counter, scratchpad.subgraph_counter)
+        counters = Counters(*(getattr(scratchpad, name, None) for name in _COUNTERS))
         execution.counters = counters
         if execution.began_at is not None:
             return

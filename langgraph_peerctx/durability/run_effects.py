@@ -307,7 +307,7 @@ def _is_same(before: object, what: object) -> bool:
     """Tell whether what failed is tried again; anybody's arguments may do anything at a look."""
     try:
         return before is not None and bool(before == what)
-    except Exception:  # noqa: BLE001
+    except Exception:  # noqa: BLE001 - anybody's arguments
         return False
 
 

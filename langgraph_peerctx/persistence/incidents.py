@@ -252,7 +252,7 @@ class ControlDatabase(EffectLedger):
         """Write down a recovery that was made by hand, of a run that was nobody's to claim.
 
         Args:
-            lease: Under which it was made; the thread has been given back since.
+            lease: Under which it was made.
             run_id: The run, where it is known.
             recoverer_id: The process that made it.
             result: How it ended.

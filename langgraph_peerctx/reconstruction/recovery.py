@@ -174,7 +174,7 @@ async def recover_and_resume_workflow_async(
             if steps.begun is not None:
                 end = _end(result)
                 end = end if redact is None else without_values(end)
-                await _keep(steps.begun.thread, end, result)
+                result = await _kept(steps.begun.thread, end, result)
             return result
         owning = await source.owning()
         ownership = await owning.own()
@@ -224,8 +224,7 @@ async def _recovered_under_a_lease(
         plan = replace(plan, workflow=behind, thread=thread, ended=ended)
         result = await _recovered(RecoverySteps(plan), order)
         end = _end(result)
-        await _keep(thread, end if ended is None else storable(ended, end), result)
-        return result
+        return await _kept(thread, end if ended is None else storable(ended, end), result)
     finally:
         await ownership.release(agent_id, thread_id)
 
@@ -236,8 +235,10 @@ def _end(result: RecoveryResult) -> Settlement:
     return Settlement(status="recovered", end_kind="returned", result=kept(result), report=report)
 
 
-async def _keep(thread: OwnedThread, end: Settlement, result: RecoveryResult) -> None:
-    """Keep the record of a recovery that brought a run on; the run counts, whatever becomes of it.
+async def _kept(thread: OwnedThread, end: Settlement, result: RecoveryResult) -> RecoveryResult:
+    """Keep the record of a recovery that brought a run on, and return the result.
+
+    The run counts, whatever becomes of its record; where that is lost, the result says so.
 
     Args:
         thread: Whose it was, under our lease.
@@ -245,7 +246,7 @@ async def _keep(thread: OwnedThread, end: Settlement, result: RecoveryResult) ->
         result: How it ended.
     """
     if not result["recovered"]:
-        return
+        return result
     ownership = thread.ownership
     keep = partial(
         ownership.control.keep_recovery,
@@ -259,6 +260,9 @@ async def _keep(thread: OwnedThread, end: Settlement, result: RecoveryResult) ->
         await ownership.control.in_thread(keep)
     except StoreError as error:
         _logger.warning("the record of a recovery cannot be kept: %s", error)
+        reasons = [*result["reasons"], f"not_kept: {error}"]
+        return {**result, "degraded": True, "reasons": reasons}
+    return result
 
 
 _logger = logging.getLogger(__name__)

@@ -151,6 +151,23 @@ def test_calls_of_which_nothing_is_known_have_no_place_but_the_first() -> None:
         place_of(second)
 
 
+def test_without_counters_a_first_attempt_has_its_place_and_a_retry_its_first_call_alone() -> None:
+    """As with a LangGraph that keeps them elsewhere."""
+    run, pad = Run(), SimpleNamespace()
+    for attempt in (1, 2):
+        node, _ = run.node("a:1")
+        with inside("a:1", pad):
+            _, first = run.node(f"a:1|b:{attempt}", node, path=("__pregel_push", (), 0, True))
+            _, later = run.node(f"a:1|c:{attempt}", node, path=("__pregel_push", (), 1, True))
+        assert place_of(first) == "a@1/b@1(0)"
+        if attempt == 1:
+            assert place_of(later) == "a@1/c@1(1)"
+        else:
+            with pytest.raises(ConfigurationError, match="go on with ainvoke"):
+                place_of(later)
+        run.positions.ended(node, has_failed=True)
+
+
 def test_a_node_that_ends_well_is_forgotten_as_one_that_failed() -> None:
     run = Run()
     for has_failed in (True, False):

@@ -283,6 +283,32 @@ async def test_a_run_that_went_on_after_a_recovery_by_hand_is_not_told_by_its_ol
     assert "alive holds the thread's lease" in result["reasons"][0]
 
 
+async def test_a_record_that_cannot_be_kept_costs_only_itself_and_is_said(
+    control: ControlDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fails = [True]
+
+    def second(_state: Any) -> Any:
+        if fails.pop() if fails else False:
+            raise ValueError("no paper")
+        return {"log": ["second"]}
+
+    app = workflow(second)
+    with pytest.raises(ValueError, match="no paper"):
+        await own_runs(app, agent_id=AGENT).ainvoke(IN, AT)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise StoreError("the disk is full")
+
+    monkeypatch.setattr(ControlDatabase, "keep_recovery", full)
+    result = await recover_and_resume_workflow_async(
+        workflow=app, agent_id=AGENT, thread_id=THREAD, use_peer_context=False
+    )
+    assert (result["status"], result["degraded"]) == ("resumed", True)
+    assert "not_kept: the disk is full" in result["reasons"]
+    assert control.incident_of(AGENT, THREAD) is None
+
+
 @pytest.mark.parametrize(
     ("lost", "status", "runs"),
     [
