@@ -23,8 +23,7 @@ async def freeze_on(world: World, name: str, places: list[str]) -> list[str]:
         child = await world.start_agent(name, arm)
         world.run(name, thread_id)
         if place == "anywhere":
-            await world.begun(thread_id)
-            await asyncio.sleep(world.random.uniform(0, 0.7))
+            await world.in_the_middle(child, thread_id)
             child.freeze()
         await child.stops_or_says("done", thread_id)
         await world.freeze_elsewhere_if_in_the_way(child)

@@ -16,8 +16,7 @@ async def kill_on(world: World, name: str, numbers: range) -> None:
     for number in numbers:
         thread_id = f"{name}-{number}"
         child = world.run(name, thread_id)
-        await world.begun(thread_id)
-        await asyncio.sleep(world.random.uniform(0, 0.3))
+        await world.in_the_middle(child, thread_id)
         child.kill()
         await world.start_agent(name)
 

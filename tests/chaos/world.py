@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from chaos.processes import Child, agent, peer, sentinel, supervisor
-from chaos.scenario import FINAL, Scenario, workflow
+from chaos.scenario import FINAL, NODES, Scenario, workflow
 
 from langgraph_peerctx.durability.fenced_checkpointer import FencedCheckpointer
 from langgraph_peerctx.durability.ownership import Ownership
@@ -89,7 +89,7 @@ class World:
 
     async def ended(self, thread_id: str, within: float = 60) -> str:
         """Wait until a run has ended, whoever brought it there; return how."""
-        name = next(name for name, thread in self.threads if thread == thread_id)
+        name = self.agent_of(thread_id)
         deadline = time.monotonic() + within
         with ControlDatabase(self.scenario.control_url, timeout_seconds=20) as control:
             while True:
@@ -105,15 +105,32 @@ class World:
     async def begun(self, thread_id: str, within: float = 30) -> None:
         """Wait until a launch is admitted."""
         deadline = time.monotonic() + within
-        while not self.was_begun(thread_id):
-            assert time.monotonic() < deadline, f"{thread_id} does not begin"
-            await asyncio.sleep(0.01)
-
-    def was_begun(self, thread_id: str) -> bool:
-        """Tell whether a launch was admitted at all."""
-        name = next(name for name, thread in self.threads if thread == thread_id)
         with ControlDatabase(self.scenario.control_url, timeout_seconds=20) as control:
-            return control.newest_run(name, thread_id) is not None
+            while control.newest_run(self.agent_of(thread_id), thread_id) is None:
+                assert time.monotonic() < deadline, f"{thread_id} does not begin"
+                await asyncio.sleep(0.01)
+
+    async def in_the_middle(self, child: Child, thread_id: str) -> None:
+        """Wait for a random moment of a launch: at its admission, or while a node is at work.
+
+        The process itself tells how far it is, however busy the machine.
+        """
+        nodes = self.random.randint(0, len(NODES))
+        if nodes == 0:
+            await self.begun(thread_id)
+        while self._nodes_begun_by(child) < nodes:
+            if child.has_said("refused", thread_id):
+                return
+            await asyncio.sleep(0.002)
+        await asyncio.sleep(self.random.uniform(0, self.scenario.work_seconds))
+
+    def _nodes_begun_by(self, child: Child) -> int:
+        lines = self.scenario.ledger.read_text().splitlines()
+        return sum(line.startswith(f"{child.pid} ") for line in lines)
+
+    def agent_of(self, thread_id: str) -> str:
+        """Tell who was told to run a thread."""
+        return next(name for name, thread in self.threads if thread == thread_id)
 
     def forget_the_sentinel(self) -> None:
         """Let those who start from now on expect none."""
