@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 SOURCES := langgraph_peerctx graphs tests
 
 .DEFAULT_GOAL := help
-.PHONY: help demo studio notebooks test chaos matrix lint types format bench clean
+.PHONY: help demo studio notebooks test chaos matrix lint types mypy pyright format bench clean
 
 help:
 	@echo "make demo    agents are killed and frozen, nobody calls a recovery (about 20 s, no Java)"
@@ -33,7 +33,8 @@ notebooks: $(VENV)/notebooks
 
 # Tests wait more than they compute: four at a time, a file in one go; conftest.py has an order.
 # The experiments have processes of their own, and want the machine for themselves.
-test: lint types
+test: $(VENV)/dev
+	$(MAKE) --jobs 3 --output-sync lint mypy pyright
 	$(BIN)/python -m pytest --ignore tests/chaos --ignore tests/matrix \
 		--numprocesses 4 --dist loadfile --no-loadscope-reorder \
 		--cov --cov-report term:skip-covered
@@ -53,8 +54,12 @@ lint: $(VENV)/dev
 	$(BIN)/ruff format --check --quiet
 	$(BIN)/lint-imports --no-cache
 
-types: $(VENV)/dev
+types: mypy pyright
+
+mypy: $(VENV)/dev
 	$(BIN)/mypy
+
+pyright: $(VENV)/dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/dev

@@ -50,7 +50,7 @@ class Command:
                 stderr=err,
             )
 
-    def until(self, text: str, within: float = 30) -> str:
+    def until(self, text: str, within: float = 60) -> str:
         """Wait until it has said this, and return all that it has said."""
         deadline = time.monotonic() + within
         while text not in (said := self._out.read_text()):
@@ -59,7 +59,7 @@ class Command:
             time.sleep(0.02)
         return said
 
-    def end(self, number: signal.Signals = signal.SIGTERM, within: float = 20) -> Outcome:
+    def end(self, number: signal.Signals = signal.SIGTERM, within: float = 60) -> Outcome:
         """Tell it to end, and return what came of it."""
         self._process.send_signal(number)
         code = self._process.wait(within)

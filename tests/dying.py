@@ -30,11 +30,13 @@ def arm(place: str) -> None:
         die_at("before position", place)
         return await position(self, request)
 
-    async def deadly_ask(self: Any, *arguments: Any, **options: Any) -> Any:
+    async def deadly_ask(self: Any, request: Any, *arguments: Any, **options: Any) -> Any:
         die_at("before request", place)
-        asked = await ask(self, *arguments, **options)
-        await asyncio.sleep(0.3)  # the answers that can come have come
-        die_at("between request and checkpoint", place)
+        asked = await ask(self, request, *arguments, **options)
+        if place == "between request and checkpoint":  # when the answer that can come has come
+            while not self._open[request.correlation_id].slot.responses:
+                await asyncio.sleep(0.01)
+            die_at("between request and checkpoint", place)
         return asked
 
     def deadly_take(self: Any, response: Any) -> None:

@@ -62,12 +62,12 @@ def newest(control: ControlDatabase) -> Any:
 
 
 async def until(is_so: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not is_so():
             await asyncio.sleep(0.02)
 
 
-async def settled(control: ControlDatabase, *statuses: str, within: float = 20) -> Incident:
+async def settled(control: ControlDatabase, *statuses: str, within: float = 60) -> Incident:
     """Return the thread's incident when it is recovered, or has one of the statuses."""
     deadline = time.monotonic() + within
     while True:

@@ -36,8 +36,8 @@ SETTINGS = PeerContextSettings(
     requester_id="tester",
     mock_mode="auto",
     heartbeat_interval_seconds=0.05,
-    heartbeat_pause_seconds=0.15,
-    timeout_seconds=5,
+    heartbeat_pause_seconds=2,  # all beat on this loop, which a busy machine may hold up
+    timeout_seconds=30,
 )
 PEER = "inventory-agent"
 ABOUT = About(agent_id="product-agent", thread_id="t", run_id="r", epoch=2)
@@ -49,7 +49,7 @@ class Slow(ContextRequestHandler):
     may_go: threading.Event
 
     def answer(self, request: Any) -> Any:
-        assert self.may_go.wait(10)
+        assert self.may_go.wait(30)
         return super().answer(request)
 
 
@@ -77,8 +77,12 @@ async def hosted(
 
 
 @asynccontextmanager
-async def asker(broker: FakeBroker, hosts: int) -> AsyncIterator[PeerContextRuntime]:
-    async with PeerContextRuntime(SETTINGS, transport=FakeTransport(broker)) as runtime:
+async def asker(
+    broker: FakeBroker, hosts: int, transport: FakeTransport | None = None, **more: Any
+) -> AsyncIterator[PeerContextRuntime]:
+    settings = SETTINGS.model_copy(update=more)
+    link = transport or FakeTransport(broker)
+    async with PeerContextRuntime(settings, transport=link) as runtime:
         await until(lambda: sum(PEER in m.beat.agents for m in present(runtime)) == hosts)
         yield runtime
 
@@ -87,7 +91,7 @@ def present(runtime: PeerContextRuntime) -> Any:
     return runtime.presence.roster.present()
 
 
-async def until(true: Callable[[], Any], seconds: float = 5) -> None:
+async def until(true: Callable[[], Any], seconds: float = 20) -> None:
     async with asyncio.timeout(seconds):
         while not true():
             await asyncio.sleep(0.005)
@@ -124,11 +128,37 @@ async def test_every_process_that_hosts_the_peer_is_heard(
         slow_goes.set()
         started = time.monotonic()
         told = await doing
-        assert time.monotonic() - started < 2, "nobody else is waited for"
+        assert time.monotonic() - started < 15, "nobody else is waited for"
     assert told is not None
     assert (told.verdict, told.reply) == (
         ("seen", {"number": 7}) if other_saw_it else ("cannot_tell", None)
     )
+
+
+async def test_an_outage_of_ours_gives_nobody_up(tmp_path: Path) -> None:
+    """A broker that is away for longer than a pause: it was we who heard nothing."""
+    broker = FakeBroker()
+    link = FakeTransport(broker)
+    async with AsyncExitStack() as stack:
+        quick, quick_goes = await stack.enter_async_context(hosted(broker, tmp_path, "quick", link))
+        slow, slow_goes = await stack.enter_async_context(hosted(broker, tmp_path, "slow", link))
+        asking = asker(broker, 2, link, heartbeat_pause_seconds=0.5)
+        runtime = await stack.enter_async_context(asking)
+        receive(quick, {"number": 7})
+        receive(slow, {"number": 7})
+        doing = asyncio.create_task(EffectPeers(calls_of(runtime)).aask(ABOUT, key()))
+        quick_goes.set()
+        done, _ = await asyncio.wait({doing}, timeout=0.3)
+        assert not done
+        link.send_fault = BrokerUnavailableError("it is away")
+        done, _ = await asyncio.wait({doing}, timeout=3)
+        assert not done, "the other one is waited for"
+        link.send_fault = None
+        await until(lambda: runtime.presence.roster.is_hearing)
+        slow_goes.set()
+        told = await doing
+    assert told is not None
+    assert (told.verdict, told.reply) == ("seen", {"number": 7})
 
 
 async def gathered(runtime: PeerContextRuntime, **more: Any) -> PeerContext:
@@ -157,7 +187,7 @@ async def test_a_gather_ends_not_before_all_that_host_a_peer_in_doubt_are_heard(
         slow_goes.set()
         started = time.monotonic()
         context = await doing
-        assert time.monotonic() - started < 2, "nobody else is waited for"
+        assert time.monotonic() - started < 15, "nobody else is waited for"
     told = context.word_on(key())
     assert told is not None
     assert told.verdict == ("cannot_tell" if is_seen else "not_seen")
@@ -175,7 +205,7 @@ async def test_of_a_peer_that_is_heard_in_part_only_what_it_has_seen_counts(
         if is_seen:
             receive(quick, {"number": 7})
         quick_goes.set()
-        context = await gathered(runtime, expect=[PEER], timeout_seconds=0.5)
+        context = await gathered(runtime, expect=[PEER], timeout_seconds=2)
     assert context.unheard == {PEER: ("process-slow",)}
     kept = PeerContext.from_json(context.as_json())
     told = kept.word_on(key())
@@ -214,7 +244,7 @@ async def test_of_a_process_that_declines_it_is_not_known_what_it_has_seen(
         started = time.monotonic()
         context = await gathered(runtime, expect=["process-other", "process-has-it"])
         told = await EffectPeers(calls_of(runtime)).aask(ABOUT, key()) if beats else None
-        assert time.monotonic() - started < 4, "who declines has answered"
+        assert time.monotonic() - started < 15, "who declines has answered"
     assert context.coverage.declined == (PEER,)
     assert [answer.verdict for answer in context.in_doubt] == ["not_seen"]
     assert context.unheard == {PEER: ("process-has-it",)}
@@ -278,7 +308,7 @@ async def test_without_a_heartbeat_of_our_own_nobody_is_waited_for_any_longer(
         quick_goes.set()
         started = time.monotonic()
         context = await gathered(runtime, expect=[PEER], timeout_seconds=30)
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 15
     assert context.word_on(key()) is not None
 
 
@@ -296,7 +326,7 @@ async def test_a_host_that_dies_meanwhile_is_waited_for_no_more_and_not_forgotte
         done, _ = await asyncio.wait({doing}, timeout=0.3)
         assert not done
         mortal.silent = True  # as a killed process is
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             context = await doing
     assert context.unheard == {PEER: ("process-slow",)}
     assert context.word_on(key()) is None

@@ -77,11 +77,12 @@ async def test_cancelling_the_caller_cancels_the_work() -> None:
         finally:
             ended.set()
 
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.05):
-            await runtime.acall(wait)
-    assert began.is_set()
-    assert await asyncio.to_thread(ended.wait, 5)
+    calling = asyncio.create_task(runtime.acall(wait))
+    assert await asyncio.to_thread(began.wait, 20)
+    calling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await calling
+    assert await asyncio.to_thread(ended.wait, 20)
     await lease.arelease()
 
 
@@ -235,7 +236,7 @@ async def test_stopped_while_an_agent_is_being_hosted_it_closes_its_runtime_all_
         closed.set()
 
     monkeypatch.setattr(background, "ready_handler", never)
-    monkeypatch.setattr(background, "STOP_TIMEOUT_SECONDS", 0.4)
+    monkeypatch.setattr(background, "STOP_TIMEOUT_SECONDS", 4)
     monkeypatch.setattr(PeerContextRuntime, "close", seen)
     being_hosted = asyncio.create_task(hosting.host("a"))
     assert await asyncio.to_thread(began.wait, 5)
@@ -276,7 +277,7 @@ def test_in_a_process_of_its_own(script: str) -> None:
     done: Any = subprocess.run(
         [sys.executable, "-W", "error", "-c", script],
         check=False,
-        timeout=30,
+        timeout=60,
         capture_output=True,
         text=True,
     )

@@ -108,9 +108,16 @@ async def test_started_again_after_it_stopped(settings: PeerContextSettings) -> 
 
 
 async def test_several_copies_at_once_as_in_queue_workers(settings: PeerContextSettings) -> None:
+    entered: list[int] = []
+
     async def worker() -> int:
-        async with peer_context_lifespan(agents=["a"], settings=settings) as runtime:
-            await asyncio.sleep(0.05)
+        async with (
+            peer_context_lifespan(agents=["a"], settings=settings) as runtime,
+            asyncio.timeout(20),
+        ):
+            entered.append(id(runtime))
+            while len(entered) < 8:  # or the first would be gone before the last comes
+                await asyncio.sleep(0.01)
             return id(runtime)
 
     def on_a_loop_of_its_own() -> int:
@@ -274,11 +281,9 @@ async def test_a_hook_hosts_its_agents_and_lets_them_go(settings: PeerContextSet
         hook = PeerContextHook(["a", "b"])
         hook.start()
         hook.start()
-        for _ in range(200):
-            if runtime.agents == ("a", "b"):
-                break
-            await asyncio.sleep(0.01)
-        assert runtime.agents == ("a", "b")
+        async with asyncio.timeout(20):
+            while runtime.agents != ("a", "b"):
+                await asyncio.sleep(0.01)
         await asyncio.to_thread(hook.close)
         assert runtime.agents == ()
 
@@ -290,13 +295,10 @@ async def test_a_hook_that_cannot_start_it_says_so_and_lets_the_graph_run(
     app = plain_graph(lambda _state: {"seen": ["ran"]}).with_config(callbacks=[hook])
     for attempt in (1, 2):
         assert await app.ainvoke({}) == {"seen": ["ran"]}
-        for _ in range(300):
-            said = [r for r in caplog.records if "did not start" in r.message]
-            if len(said) == attempt:
-                break
-            await asyncio.sleep(0.01)
-        assert len(said) == attempt
-        await asyncio.sleep(0.05)
+        async with asyncio.timeout(20):
+            while hook._lease is not None:  # it says so first, and may then be started again
+                await asyncio.sleep(0.01)
+        assert len([r for r in caplog.records if "did not start" in r.message]) == attempt
     await asyncio.to_thread(hook.close)
 
 

@@ -140,7 +140,7 @@ async def test_kafka_producer(environment: PeerContextSettings) -> None:
 async def test_kafka_consumer(capsys: pytest.CaptureFixture[str]) -> None:
     async def ask_meanwhile() -> None:
         async with KafkaMessageProducer() as producer:
-            for _ in range(40):  # the group takes about three seconds to come together
+            while True:  # the group takes about three seconds to come together, or longer
                 await producer.publish_context_request(
                     requester_id="reconstructor",
                     failed_agent_id="product-agent-1",

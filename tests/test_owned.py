@@ -192,11 +192,11 @@ async def test_a_fork_from_an_earlier_checkpoint_is_a_run_of_its_own(
 
 
 async def test_a_thread_at_work_is_refused(control: ControlDatabase) -> None:
-    started = asyncio.Event()
+    started, refused = asyncio.Event(), asyncio.Event()
 
     async def second(_state: State) -> State:
         started.set()
-        await asyncio.sleep(0.2)
+        await refused.wait()
         return {"log": ["second"]}
 
     app = own_runs(workflow(second), agent_id=AGENT)
@@ -204,6 +204,7 @@ async def test_a_thread_at_work_is_refused(control: ControlDatabase) -> None:
     await started.wait()
     with pytest.raises(ThreadBusyError):
         await app.ainvoke({"log": ["other"]}, AT)
+    refused.set()
     assert (await running)["log"] == ["first", "second"]
     assert newest(control).end_kind == "returned"
 
@@ -233,12 +234,15 @@ async def test_who_is_replaced_is_refused_and_ends_nothing(control: ControlDatab
     assert head.pending_writes == []
 
 
-async def test_leases_are_renewed_while_a_node_blocks_its_loop(control: ControlDatabase) -> None:
-    """0.8 s to live; the node sleeps for 1.5 s, and nobody else may have it."""
+async def test_leases_are_renewed_while_a_node_blocks_its_loop(
+    control: ControlDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """3 s to live; the node sleeps for 4 s, and nobody else may have it."""
+    monkeypatch.setenv("PEER_CONTEXT_HEARTBEAT_PAUSE_SECONDS", "1.5")
     left: list[float] = []
 
     async def second(_state: State) -> State:
-        time.sleep(1.5)  # noqa: ASYNC251 - as some nodes do
+        time.sleep(4)  # noqa: ASYNC251 - as some nodes do
         left.append(control.lease_of(AGENT, THREAD).seconds_left)  # type: ignore[union-attr]
         return {"log": ["second"]}
 
@@ -255,8 +259,11 @@ async def test_a_loop_that_is_stuck_loses_its_lease(
     left: list[float] = []
 
     async def second(_state: State) -> State:
-        time.sleep(1.8)  # noqa: ASYNC251 - stuck
-        left.append(control.lease_of(AGENT, THREAD).seconds_left)  # type: ignore[union-attr]
+        deadline = time.monotonic() + 20
+        left.append(0.0)
+        while left[0] >= 0 and time.monotonic() < deadline:
+            time.sleep(0.05)  # noqa: ASYNC251 - stuck
+            left[0] = control.lease_of(AGENT, THREAD).seconds_left  # type: ignore[union-attr]
         return {"log": ["second"]}
 
     async with owned(workflow(second), agent_id=AGENT, thread_id=THREAD) as run:
@@ -353,17 +360,18 @@ async def test_an_end_that_cannot_be_written_is_written_when_the_database_is_bac
         end = database.end
 
         def mended(*arguments: Any, **options: Any) -> bool:
-            if time.monotonic() < mended_at:
+            if not mended_now.is_set():
                 raise StoreError("gone")
             return bool(end(*arguments, **options))
 
         database.end = mended
 
-    mended_at = time.monotonic() + 1
+    mended_now = threading.Event()
     async with owned(workflow(second), agent_id=AGENT, thread_id=THREAD) as run:
         final = await run.ainvoke({"log": []})
         assert final["log"] == ["first", "second"], "its outcome counts more"
         assert newest(control).is_open
+        mended_now.set()
         await until(lambda: not newest(control).is_open)
     assert newest(control).end_kind == "returned"
     assert "not written down yet" in caplog.text

@@ -20,7 +20,7 @@ TEAM = (PRODUCT, *PEERS)
 SUPERVISOR, SENTINEL = "supervisor", "sentinel"
 EVERYBODY = (*TEAM, SUPERVISOR, SENTINEL)
 
-INTERVAL_SECONDS, PAUSE_SECONDS = 0.3, 0.9
+INTERVAL_SECONDS, PAUSE_SECONDS = 0.3, 1.5
 """A third of the defaults: a demonstration should not keep anybody waiting for a lease."""
 
 

@@ -317,7 +317,7 @@ class Gatherer:
             peer_id: frozenset(m.beat.process_id for m in present if peer_id in m.beat.agents)
             for peer_id in {key.peer_id for key in request.in_doubt}
         }
-        wanted.find_hosts(hosts, are_all=roster is None or roster.heard_at is not None)
+        wanted.find_hosts(hosts, are_all=roster is None or roster.is_hearing)
 
     async def _watch(self, request: ContextRequest, wanted: "Wanted") -> None:
         """Give up who leaves or falls silent, of those that the roster named."""

@@ -52,9 +52,14 @@ class Member:
         """Return how suspicious its silence is; see `Arrivals`."""
         return self.arrivals.phi(now)
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether it is known to be: it said that it leaves, or a sentinel that it died."""
+        return self.has_left or self.died_at is not None
+
     def is_present(self, now: float) -> bool:
         """Whether it beats, as far as anybody can tell."""
-        return not self.has_left and self.died_at is None and self.phi(now) < THRESHOLD
+        return not self.is_gone and self.phi(now) < THRESHOLD
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +119,11 @@ class Roster:
         )
 
     @property
+    def is_hearing(self) -> bool:
+        """Whether our own heartbeat came back lately; nobody's silence means anything without."""
+        return self._is_hearing(self.clock())
+
+    @property
     def heard_at(self) -> float | None:
         """When our own heartbeat came back last: until then we know that we heard."""
         return self._heard_at
@@ -140,14 +150,15 @@ class Roster:
         return None if notice is None else notice.at
 
     def present(self) -> tuple[Member, ...]:
-        """Return those who beat; see `Member.is_present`."""
+        """Return those who beat; while we do not hear any more, also those who did until then."""
         now = self.clock()
-        return tuple(member for member in self.members if member.is_present(now))
+        deaf = self._heard_at is not None and not self._is_hearing(now)
+        return tuple(m for m in self.members if m.is_present(now) or (deaf and not m.is_gone))
 
     def is_present(self, key: tuple[str, str]) -> bool:
         """Tell whether one life of a process is there, as far as we can hear."""
         member, now = self._members.get(key), self.clock()
-        if member is None or member.has_left or member.died_at is not None:
+        if member is None or member.is_gone:
             return False
         return not self._is_hearing(now) or member.is_present(now)
 

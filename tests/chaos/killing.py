@@ -1,4 +1,4 @@
-"""Recoverers that end themselves with SIGKILL at a named place."""
+"""Agents and recoverers that end themselves with SIGKILL at a named place."""
 
 import inspect
 from typing import Any
@@ -21,6 +21,11 @@ NODES = (
 INSIDE = "inside the workflow"
 AFTER = "after the workflow"
 PLACES = (*NODES, INSIDE, AFTER)
+
+
+def in_its_first_node(_orders: object) -> None:
+    """Arm an agent: it dies when its launch's first node has done its work, however fast it is."""
+    scenario.in_node = lambda name: die_at(name, "plan")
 
 
 class Killing:

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import multiprocessing
 import os
 import signal
 import time
@@ -13,6 +12,7 @@ from typing import Any
 
 from chaos.scenario import Scenario, workflow
 from chaos.trading import PEER, Taker
+from forking import CONTEXT
 
 from langgraph_peerctx.durability.receiver import Receiver
 from langgraph_peerctx.lifecycle import peer_context_lifespan
@@ -20,19 +20,6 @@ from langgraph_peerctx.messaging.sentinel import Sentinel
 from langgraph_peerctx.owned import own_runs
 from langgraph_peerctx.persistence.event_store import EventStore
 from langgraph_peerctx.reconstruction.supervisor import RecoverySupervisor
-
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    [
-        "langgraph_peerctx",
-        "langgraph_peerctx.reconstruction.supervisor",
-        "langgraph.checkpoint.sqlite.aio",
-        "langgraph.checkpoint.postgres.aio",
-        "aiokafka",
-        "alembic.command",
-        "alembic.config",
-    ]
-)
 
 
 class Child:

@@ -33,6 +33,8 @@ class Scenario:
     """Where everybody finds each other; it is handed to each process.
 
     Attributes:
+        pause: How long a living process may be late with its heartbeat, on a busy machine, too; of
+            its lease it has twice as long.
         database: Control database and checkpoints: `sqlite`, two files, or a PostgreSQL address.
         work_seconds: How long each node works.
         peer_port: Where the peer takes orders; one is placed by `join`, as an effect. None: there
@@ -45,7 +47,7 @@ class Scenario:
     sentinel: str = "off"
     sentinel_directory: str | None = None
     interval: float = 0.25
-    pause: float = 0.75
+    pause: float = 1.25
     work_seconds: float = 0.05
     stuck: float = 300.0
     durability: str = "sync"

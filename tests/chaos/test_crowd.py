@@ -66,12 +66,13 @@ async def test_a_process_beats_and_renews_once_an_interval_however_many_agents_i
     print(told(before, after, grown, took))
     assert {process for process, _ in counts} == {*everybody.children, "observer"}
     assert len(counts) == processes + 1, "one life each"
-    assert all(abs(count - SECONDS) <= 2 for count in counts.values()), counts
+    # One an interval, and never one an agent; a busy machine may come to fewer.
+    assert all(SECONDS / 2 <= count <= SECONDS + 2 for count in counts.values()), counts
     assert len(set(agents)) == len(agents) == processes * AGENTS
     for name in everybody.children:
         assert after[name].held == AGENTS
         renewals = after[name].renewals - before[name].renewals
-        assert abs(renewals - took) <= 2, (name, renewals, took)
+        assert took / 2 <= renewals <= took + 2, (name, renewals, took)
         assert after[name].cpu_seconds - before[name].cpu_seconds < took / 4
         assert after[name].rss_mb < 500
     assert grown < processes * took * 16_384

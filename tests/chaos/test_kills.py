@@ -26,7 +26,9 @@ async def test_killed_agents_are_recovered_by_one_of_two_supervisors(
 ) -> None:
     """In the first half of it a sentinel sees them die; then it is killed, too."""
     each = times // len(AGENTS)
-    async with world(kafka.bootstrap_servers, database, seed=seed, sentinel="connect") as made:
+    async with world(
+        kafka.bootstrap_servers, database, seed=seed, sentinel="connect", work_seconds=0.15
+    ) as made:
         sentinel = await made.start_sentinel()
         await asyncio.gather(*(made.start_supervisor(name) for name in ("guard", "warden")))
         await asyncio.gather(*(made.start_agent(name) for name in AGENTS))
@@ -42,4 +44,5 @@ async def test_killed_agents_are_recovered_by_one_of_two_supervisors(
     assert kinds["resumed"] + kinds["restarted"] >= times / 2
     assert whys["died"] >= times / 8
     assert whys["silent"] >= times / 8
-    assert set(whys) == {"died", "silent"}
+    # A process whose database was busy for too long hands its run over.
+    assert set(whys) <= {"died", "silent", "handed_over"}

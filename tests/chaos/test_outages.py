@@ -41,6 +41,7 @@ async def launch_everywhere(made: World, number: int) -> None:
     for name in (*LIVE, *DYING):
         if name not in made.agents or not made.agents[name].process.is_alive():
             await made.start_agent(name)
+    for name in (*LIVE, *DYING):  # all are there: however long that took, none has an end yet
         made.run(name, f"{name}-{number}")
     for name in (*LIVE, *DYING):
         await made.begun(f"{name}-{number}")

@@ -24,7 +24,7 @@ Place = Literal["between intent and call", "between call and outcome"]
 passing: Callable[[Place], object] = str
 """Called at each place of an effect: a process may be stopped there."""
 
-CALL_SECONDS = 5.0
+CALL_SECONDS = 20.0
 _MAKE = text("CREATE TABLE IF NOT EXISTS applied (thread TEXT NOT NULL, epoch INTEGER NOT NULL)")
 _APPLY = text("INSERT INTO applied (thread, epoch) VALUES (:thread, :epoch)")
 

@@ -16,6 +16,7 @@ from langgraph_peerctx.cli import _value
 from langgraph_peerctx.durability.admission import packed
 from langgraph_peerctx.persistence.incidents import ControlDatabase
 from langgraph_peerctx.persistence.runs import NewRun, Owner, RunInput
+from langgraph_peerctx.reconstruction import recoverer
 
 FLOWS = Path(__file__).with_name("flows.py")
 Lose = Callable[..., None]
@@ -94,8 +95,9 @@ def test_a_thread_whose_owner_may_be_alive_is_left_alone(lose: Lose, recover: Re
 
 
 def test_a_recovery_that_fails_says_so_and_is_not_begun_again_at_once(
-    lose: Lose, recover: Recover, run: Run
+    lose: Lose, recover: Recover, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(recoverer, "FIRST_RETRY_SECONDS", 60)
     lose("fail")
     outcome = recover("--json")
     assert (outcome.code, outcome.json["status"]) == (1, "failed")

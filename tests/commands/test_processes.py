@@ -160,7 +160,7 @@ def live(env: dict[str, str]) -> tuple[int, str]:
         with contextlib.suppress(OSError):  # how a terminal says that nobody is there any more
             while data := os.read(ours, 65_536):
                 screen += data
-        code = running.wait(20)
+        code = running.wait(60)
     os.close(ours)
     return code, screen.decode()
 
@@ -182,6 +182,7 @@ async def test_heartbeats_are_shown_while_there_is_no_control_database(
         servers=kafka.bootstrap_servers,
         folder=str(tmp_path),
         control=f"sqlite:///{tmp_path}/agents.db",
+        pause=2.0,
     )
     child = Child(agent, scenario, "launcher")
     try:
@@ -210,7 +211,9 @@ async def test_heartbeats_are_shown_while_there_is_no_control_database(
 async def test_a_killed_agent_is_recovered_by_the_command_and_shown(
     kafka: KafkaServer, tmp_path: Path, run: Run
 ) -> None:
-    scenario = Scenario(servers=kafka.bootstrap_servers, folder=str(tmp_path), work_seconds=0.5)
+    scenario = Scenario(
+        servers=kafka.bootstrap_servers, folder=str(tmp_path), pause=2.0, work_seconds=1.0
+    )
     with ControlDatabase(scenario.control_url):
         pass
     env = environment(scenario, "supervisor-1")

@@ -4,7 +4,14 @@ from pathlib import Path
 import pytest
 from durability.effect_world import World
 
+from langgraph_peerctx.durability import recorder
 from langgraph_peerctx.persistence.incidents import ControlDatabase
+
+
+@pytest.fixture(autouse=True)
+def _the_end_of_a_run_waits_for_its_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow the disk is: what a run has recorded is there when it has ended."""
+    monkeypatch.setattr(recorder, "END_DEADLINE_SECONDS", 30.0)
 
 
 @pytest.fixture

@@ -328,7 +328,7 @@ async def test_an_attempt_that_has_timed_out_and_still_cleans_up_is_another_one(
     builder.add_node(
         "node",
         node,
-        timeout=TimeoutPolicy(run_timeout=2),
+        timeout=TimeoutPolicy(run_timeout=5),
         retry_policy=twice(NodeTimeoutError),
     )
     builder.add_edge(START, "node")

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import add
 from pathlib import Path
 from typing import Annotated, Any
@@ -56,6 +56,10 @@ class Process:
 
     async def claim(self, **more: Any) -> Any:
         return await self.ownership.claim(AGENT, THREAD, **more)
+
+    def renews_for(self, seconds: float) -> None:
+        """Let what is renewed from now on live longer than what was claimed."""
+        self.ownership.owner = replace(self.ownership.owner, ttl_seconds=seconds)
 
 
 async def opened(kind: str, stack: AsyncExitStack, place: str) -> BaseCheckpointSaver[Any]:
@@ -199,6 +203,7 @@ async def test_an_owner_that_comes_back_to_an_unchanged_epoch_renews_and_goes_on
     await a.claim()
     await put(a.saver, "x")
     await asyncio.sleep(0.3)
+    a.renews_for(60)
     await put(a.saver, "y")
     assert await head(a.saver) == "y"
     (lease,) = world.leases.leases_of_thread(THREAD)

@@ -310,8 +310,11 @@ def test_a_remote_graph_is_sent_a_message_and_replies(
         thread_id = client.threads.create()["thread_id"]
         client.runs.wait(thread_id, "recorded", input={"log": ["in"]})
     recorder.close()
+    deadline = time.monotonic() + 20
     with EventStore(f"sqlite:///{tmp_path}/served.db") as served:
-        events = told(served, "pricing-agent", thread_id=thread_id)
+        while len(events := told(served, "pricing-agent", thread_id=thread_id)) < 3:
+            assert time.monotonic() < deadline, events
+            time.sleep(0.05)
     assert [event.kind for event in events] == ["run_begin", "node", "run_end"]
     log = (tmp_path / "server.log").read_text()
     assert "InteractionRecorder" not in log

@@ -25,7 +25,7 @@ SETTINGS = PeerContextSettings(
     requester_id="tester",
     mock_mode="auto",
     heartbeat_interval_seconds=0.05,
-    heartbeat_pause_seconds=0.15,
+    heartbeat_pause_seconds=0.45,
 )
 ABOUT = {"failed_agent_id": "product", "thread_id": "t"}
 
@@ -96,7 +96,7 @@ async def asker(broker: FakeBroker, *, warm: bool = True) -> AsyncIterator[PeerC
         yield runtime
 
 
-async def until(true: Callable[[], Any], seconds: float = 5) -> None:
+async def until(true: Callable[[], Any], seconds: float = 30) -> None:
     async with asyncio.timeout(seconds):
         while not true():
             await asyncio.sleep(0.005)
@@ -107,12 +107,12 @@ async def test_a_gather_ends_with_the_last_of_those_who_are_there(
 ) -> None:
     async with asker(broker) as runtime:
         peers["c"].handler.go = False
-        gathering = asyncio.create_task(runtime.gather(**ABOUT, timeout_seconds=30))
+        gathering = asyncio.create_task(runtime.gather(**ABOUT, timeout_seconds=60))
         await asyncio.sleep(0.3)
         assert not gathering.done()
         peers["c"].handler.go = True
         context = await gathering
-    assert context.elapsed_seconds < 2
+    assert context.elapsed_seconds < 20
     assert context.coverage.asked == ("process-a", "process-b", "process-c")
     assert context.coverage.answered == context.coverage.asked
     assert context.coverage.complete
@@ -122,7 +122,7 @@ async def test_a_gather_ends_with_the_last_of_those_who_are_there(
 @pytest.mark.usefixtures("peers")
 async def test_a_roster_that_is_not_warm_is_not_relied_on(broker: FakeBroker) -> None:
     async with asker(broker, warm=False) as runtime:
-        context = await runtime.gather(**ABOUT, timeout_seconds=0.1)
+        context = await runtime.gather(**ABOUT, timeout_seconds=1.0)
     assert len(context.facts) == 3
     assert not context.coverage.roster_known
     assert not context.coverage.complete
@@ -133,8 +133,8 @@ async def test_with_nobody_there_it_is_soon_over_and_nothing_is_complete(
 ) -> None:
     async with asker(broker) as runtime:
         interval = runtime.settings.heartbeat_interval_seconds
-        context = await runtime.gather(**ABOUT, timeout_seconds=30)
-    assert interval <= context.elapsed_seconds < 10
+        context = await runtime.gather(**ABOUT, timeout_seconds=60)
+    assert interval <= context.elapsed_seconds < 20
     assert not context.coverage.complete
     assert context.degraded == ("no peer answered",)
 
@@ -143,7 +143,7 @@ async def test_who_leaves_meanwhile_is_waited_for_no_more(
     broker: FakeBroker, peers: dict[str, Peer]
 ) -> None:
     async with asker(broker) as runtime:
-        gathering = asyncio.create_task(runtime.gather(**ABOUT, timeout_seconds=30))
+        gathering = asyncio.create_task(runtime.gather(**ABOUT, timeout_seconds=60))
         peers["c"].handler.go = False
         await asyncio.sleep(0.05)
         peers["c"].transport.silent = False
@@ -151,7 +151,7 @@ async def test_who_leaves_meanwhile_is_waited_for_no_more(
         context = await gathering
         peers["c"].handler.go = True
         await leaving
-    assert context.elapsed_seconds < 2
+    assert context.elapsed_seconds < 20
     assert context.coverage.left == ("process-c",)
     assert context.coverage.silent == ()
     assert not context.coverage.complete
@@ -164,7 +164,7 @@ async def test_who_dies_meanwhile_is_waited_for_until_it_is_known(
 ) -> None:
     async with asker(broker) as runtime:
         peers["c"].kill()
-        gathering = asyncio.create_task(runtime.gather(**ABOUT, timeout_seconds=30))
+        gathering = asyncio.create_task(runtime.gather(**ABOUT, timeout_seconds=60))
         await asyncio.sleep(0.01)
         if how == "notice":
             notice = DeathNotice(
@@ -176,7 +176,7 @@ async def test_who_dies_meanwhile_is_waited_for_until_it_is_known(
             )
             broker.store("agent.presence", encode(notice))
         context = await gathering
-    assert context.elapsed_seconds < 2.5
+    assert context.elapsed_seconds < 20
     assert context.coverage.answered == ("process-a", "process-b")
     assert context.coverage.left == ("process-c",)
     assert not context.coverage.complete
@@ -188,7 +188,7 @@ async def test_who_comes_after_the_asking_is_extra(
     late = Peer(broker, store, "late")
     async with asker(broker) as runtime:
         peers["c"].handler.go = False
-        gathering = asyncio.create_task(runtime.gather(**ABOUT, timeout_seconds=30))
+        gathering = asyncio.create_task(runtime.gather(**ABOUT, timeout_seconds=60))
         await asyncio.sleep(0.05)
         await late.start()
         await until(lambda: late.responder.counters["answered"])
@@ -206,7 +206,7 @@ async def test_a_process_of_the_failed_agent_alone_is_not_expected(
     await failed.start()
     async with asker(broker) as runtime:
         await until(lambda: len(runtime.presence.roster.present()) == 5)
-        context = await runtime.gather(**ABOUT, timeout_seconds=30)
+        context = await runtime.gather(**ABOUT, timeout_seconds=60)
     await failed.responder.stop()
     assert context.coverage.asked == tuple(f"process-{name}" for name in sorted(peers))
 
@@ -218,8 +218,8 @@ async def test_steps_end_with_the_last_of_those_who_are_there(
         request = runtime.request(**ABOUT)
         since = await runtime.steps.position(request)
         asked = await runtime.steps.ask(request, since)
-        context = await runtime.steps.collect(request, since, asked, Wanted(), timeout_seconds=30)
-    assert context.elapsed_seconds < 2
+        context = await runtime.steps.collect(request, since, asked, Wanted(), timeout_seconds=60)
+    assert context.elapsed_seconds < 20
     assert context.coverage.asked == tuple(f"process-{name}" for name in peers)
     assert context.coverage.complete
 
@@ -241,14 +241,14 @@ async def test_a_successor_asks_those_who_are_there_and_have_not_answered(
 
     async with asker(broker, warm=warm) as second:
         context = await second.steps.collect(
-            request, since, asked, Wanted(), timeout_seconds=5 if warm else 0.2
+            request, since, asked, Wanted(), timeout_seconds=60 if warm else 1.0
         )
     told = {fact.interaction.interaction_id for fact in context.facts}
     assert {"order-a", "order-b"} <= told
     if warm:
         assert told == {"order-a", "order-b", "order-c"}
         assert context.coverage.complete
-        assert context.elapsed_seconds < 2
+        assert context.elapsed_seconds < 20
         asked_again = decode(broker.topics["agent.context.request"][-1].value)
         assert isinstance(asked_again, ContextRequest)
         assert asked_again.addressees == ("process-c",)
@@ -259,7 +259,7 @@ async def test_whom_the_caller_names_is_who_counts(
 ) -> None:
     peers["c"].handler.go = False
     async with asker(broker) as runtime:
-        context = await runtime.gather(**ABOUT, expect=["a", "b"], timeout_seconds=30)
+        context = await runtime.gather(**ABOUT, expect=["a", "b"], timeout_seconds=60)
     peers["c"].handler.go = True
     assert context.coverage.asked == ("a", "b")
     assert context.coverage.complete

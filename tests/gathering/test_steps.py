@@ -139,10 +139,10 @@ async def test_where_nobody_was_expected_the_rest_of_the_window_is_waited(
     long_ago = Asked(at=asked.at - timedelta(seconds=60))
     async with process(broker) as second:
         started = time.monotonic()
-        context = await second.steps.collect(request, since, long_ago, Wanted(), timeout_seconds=30)
+        context = await second.steps.collect(request, since, long_ago, Wanted(), timeout_seconds=60)
         elapsed = time.monotonic() - started
     assert told(context) == ["a-1"]
-    assert elapsed < 1
+    assert elapsed < 20
     assert team.asked == [()]
 
 
@@ -221,8 +221,8 @@ async def test_a_question_that_did_not_leave_is_not_waited_for(broker: FakeBroke
         since = await runtime.steps.position(request)
         asked = await runtime.steps.ask(request, since)
         started = time.monotonic()
-        context = await runtime.steps.collect(request, since, asked, Wanted(), timeout_seconds=30)
-    assert time.monotonic() - started < 1
+        context = await runtime.steps.collect(request, since, asked, Wanted(), timeout_seconds=60)
+    assert time.monotonic() - started < 20
     assert "gone" in context.degraded
     assert not context.coverage.complete
 

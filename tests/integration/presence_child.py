@@ -26,7 +26,7 @@ async def main(how: str, name: str, address: str, presence: str, store: str) -> 
         process_id=f"process-{name}",
         database_url=store,
         heartbeat_interval_seconds=0.2,
-        heartbeat_pause_seconds=0.6,
+        heartbeat_pause_seconds=2,
     )
     kind = Mute if how == "mute" else ContextRequestHandler
     handler = kind(name, store=get_event_store(store))

@@ -23,7 +23,7 @@ def settings_for(about: dict[str, str]) -> PeerContextSettings:
         sentinel=about.get("sentinel", "connect"),  # type: ignore[arg-type]  # checked by pydantic
         sentinel_directory=about["directory"],
         heartbeat_interval_seconds=0.2,
-        heartbeat_pause_seconds=0.6,
+        heartbeat_pause_seconds=2,
     )
 
 

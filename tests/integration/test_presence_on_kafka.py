@@ -59,7 +59,7 @@ class Team:
             requester_id="tests",
             process_id="asker",
             heartbeat_interval_seconds=0.2,
-            heartbeat_pause_seconds=0.6,
+            heartbeat_pause_seconds=2,
         )
 
     @asynccontextmanager
@@ -100,18 +100,18 @@ async def test_a_gather_ends_with_those_who_are_there_and_a_killed_one_is_soon_g
         assert context.coverage.answered == ("process-a", "process-b")
         assert context.coverage.left == ("process-c",)
         assert not context.coverage.complete
-        assert until_known < 5
+        assert until_known < 15
 
         context = await ask(runtime)
         assert context.coverage.asked == ("process-a", "process-b")
         assert context.coverage.complete
-        assert context.elapsed_seconds < 5
+        assert context.elapsed_seconds < 15
 
 
 async def test_an_agent_whose_loop_hangs_is_there_and_answers(team: Team) -> None:
     await team.start("a", "block")
     async with team.asker() as runtime:
-        await asyncio.sleep(1.5)
+        await asyncio.sleep(3)  # longer than a pause
         context = await ask(runtime)
     assert context.coverage.answered == ("process-a",)
     assert context.coverage.complete

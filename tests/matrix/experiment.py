@@ -32,9 +32,9 @@ BACK_SECONDS = 3.0
 """How long after the kill a peer that was down is started again: a recovery finds it away first."""
 AGAIN_SECONDS = 1.0
 """How long whoever recovers by hand waits before the next try."""
-PATIENCE_SECONDS = 30.0
-MOST_ATTEMPTS = 8
-MOST_QUESTIONS = 3
+PATIENCE_SECONDS = 90.0
+MOST_ATTEMPTS = 30
+MOST_QUESTIONS = 10
 """How often whoever recovers by hand asks a peer that is there, and has not told in time."""
 LOOK_SECONDS = 0.05
 KILL_ATTEMPTS = 3

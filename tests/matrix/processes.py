@@ -11,8 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from chaos.processes import CONTEXT, Child, Orders
+from chaos.processes import Child, Orders
 from chaos.scenario import Scenario
+from forking import CONTEXT
 from langgraph.errors import EmptyInputError
 from langgraph.types import Command
 from matrix.cells import Durability
@@ -35,7 +36,10 @@ ASKS = "__interrupt__"
 """What LangGraph returns of a workflow that waits for a human."""
 YES = "yes"
 PEER_SECONDS = 2.0
-"""How long a recovery waits for peers that say nothing."""
+"""How long a recovery by hand waits for peers that say nothing."""
+SUPERVISED_SECONDS = 15.0
+"""How long one by a supervisor does, which knows who is there: only a peer that is late is waited
+for, as on a busy machine, and none that is gone."""
 
 CONTEXT.set_forkserver_preload(
     [
@@ -82,7 +86,7 @@ class Heard(Child):
         self._loop.add_reader(self._reading[0], self._take)
         self._loop.add_reader(self._reading[1], self._end)
 
-    async def word(self, kind: str, about: str = "", *, within: float = 30) -> tuple[Any, ...]:
+    async def word(self, kind: str, about: str = "", *, within: float = 90) -> tuple[Any, ...]:
         """Wait for the next word of a kind about something."""
         async with asyncio.timeout(within):
             said: tuple[Any, ...] = await self._queues[kind, about].get()
@@ -95,7 +99,7 @@ class Heard(Child):
             found.append(queue.get_nowait())
         return found
 
-    async def death(self, within: float = 30) -> float:
+    async def death(self, within: float = 90) -> float:
         """Wait until it has ended; return when we knew, on the wall's clock."""
         async with asyncio.timeout(within):
             while self.ended_at is None:
@@ -249,7 +253,7 @@ async def supervisor(orders: Orders, scenario: Scenario, places: str, system: Sy
         apps = {name: _compiled(system, name, saver) for name in WORKFLOWS}
         workflows = {
             name: SupervisedWorkflow(
-                workflow=app, use_peer_context=asks_peers, timeout_seconds=PEER_SECONDS
+                workflow=app, use_peer_context=asks_peers, timeout_seconds=SUPERVISED_SECONDS
             )
             for name, app in apps.items()
         }

@@ -31,7 +31,7 @@ TITLES: dict[System, str] = {
 Trade = Callable[[Any, str], Awaitable[str]]
 """Places an order that the state's case needs, and returns what the peer says."""
 
-CALL_SECONDS = 5.0
+CALL_SECONDS = 20.0
 _NOT_SENT = (ConnectionRefusedError,)
 _MAKE = 'CREATE TABLE IF NOT EXISTS applied ("case" TEXT NOT NULL, "order" TEXT NOT NULL)'
 _APPLY = 'INSERT INTO applied ("case", "order") VALUES (:case, :order)'

@@ -24,7 +24,7 @@ def short_directory() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-async def until(true: Callable[[], Any], seconds: float = 10) -> None:
+async def until(true: Callable[[], Any], seconds: float = 30) -> None:
     async with asyncio.timeout(seconds):
         while not true():
             await asyncio.sleep(0.005)
@@ -39,7 +39,7 @@ class Child:
 
     async def hear(self) -> str:
         assert self.process.stdout is not None
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             return (await self.process.stdout.readline()).decode().strip()
 
     async def do(self, word: str) -> None:

@@ -89,7 +89,7 @@ def ask(broker: FakeBroker, **changes: Any) -> None:
 
 async def answers(broker: FakeBroker, count: int = 1) -> list[ContextResponse]:
     """Wait for so many answers, and a moment longer for one too many."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while len(broker.topics[REPLIES]) < count:
             await asyncio.sleep(0.005)
     await asyncio.sleep(0.02)
@@ -99,7 +99,7 @@ async def answers(broker: FakeBroker, count: int = 1) -> list[ContextResponse]:
 
 
 async def nothing_happens(responder: ContextResponder, counter: str, count: int = 1) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while responder.counters[counter] < count:
             await asyncio.sleep(0.005)
 
@@ -417,7 +417,7 @@ def test_a_store_that_fails_while_it_settles_costs_one_wait_and_not_the_answer(
             asked = in_doubt(*(f"k{number}" for number in range(30)), "came")
             answer, settled = handler.answer(request(**asked))
             connection.exec_driver_sql("ROLLBACK")
-        assert time.monotonic() - before < 2
+        assert time.monotonic() - before < 6, "thirty of them would wait nine seconds"
         assert answer.status == "context"
         assert [a.verdict for a in settled] == ["cannot_tell"] * 31
 

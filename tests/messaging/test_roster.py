@@ -126,7 +126,9 @@ def test_an_outage_of_ours_is_nobodys_death(world: World) -> None:
     world.live(10, "a")
     world.pass_by(60)
     assert not world.roster.is_warm
+    assert not world.roster.is_hearing
     assert world.roster.is_present(("a", "1")), "we cannot hear"
+    assert world.there == ["a"]
     world.beat("us", "us", agents=())
     assert world.there == ["a"], "everybody has a fresh start"
     assert not world.roster.is_warm

@@ -1,8 +1,5 @@
 """A process that gathers inside a graph, and is killed at a named place."""
 
-import asyncio
-import json
-import sys
 from typing import Any
 
 from dying import arm, die_at
@@ -45,7 +42,3 @@ async def main(database: str, place: str, checkpointer: bool | None) -> None:  #
         await workflow(saver, place, checkpointer=checkpointer).ainvoke(
             ABOUT, CONFIG, durability="async" if checkpointer is False else "sync"
         )
-
-
-if __name__ == "__main__":
-    asyncio.run(main(*json.loads(sys.argv[1])))

@@ -1,9 +1,7 @@
 """The gather whose steps are nodes: in its parent, and after SIGKILL at each of its places."""
 
 import asyncio
-import json
 import signal
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,18 +9,17 @@ from typing import Any
 
 import pytest
 from dying import PLACES
+from forking import exit_code_of
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 from langgraph.graph import START, StateGraph
-from nodes.dying_gather import ABOUT, CONFIG, workflow
+from nodes.dying_gather import ABOUT, CONFIG, main, workflow
 from nodes.test_peer_context_node import State, check
 from two_peers import Peers
 
 from langgraph_peerctx import background
 from langgraph_peerctx.errors import ConfigurationError, ProtocolError, TooFewResponsesError
 from langgraph_peerctx.nodes.peer_context_subgraph import create_peer_context_subgraph
-
-HERE = Path(__file__).parent
 
 
 def parent(subgraph: Any, **options: Any) -> Any:
@@ -119,12 +116,8 @@ def test_its_schemas_read_well() -> None:
 
 
 async def killed(place: str, database: Path, *, checkpointer: bool | None = None) -> None:
-    order = json.dumps([str(database), place, checkpointer])
-    child = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "nodes.dying_gather", order, cwd=HERE.parent
-    )
-    async with asyncio.timeout(60):
-        assert await child.wait() == -signal.SIGKILL
+    ended = await asyncio.to_thread(exit_code_of, main, str(database), place, checkpointer)
+    assert ended == -signal.SIGKILL
 
 
 @asynccontextmanager

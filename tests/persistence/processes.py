@@ -1,7 +1,6 @@
 """What the tests run in processes of its own: started once, forked from where nothing runs yet."""
 
 import itertools
-import multiprocessing
 import os
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -10,13 +9,10 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Barrier
 from typing import Any
 
+from forking import CONTEXT
+
 from langgraph_peerctx.persistence.event_store import EventStore
 from langgraph_peerctx.protocol.messages import Interaction
-
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    ["langgraph_peerctx.persistence.event_store", "alembic.command", "psycopg"]
-)
 
 
 def start(work: Callable[..., None], *arguments: Any) -> BaseProcess:

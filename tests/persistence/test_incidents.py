@@ -156,10 +156,10 @@ def test_a_recoverer_that_dies_costs_an_attempt_of_the_same_incident(
 
 def test_a_failed_attempt_waits_for_the_next(control: ControlDatabase) -> None:
     recovery = begun(control, lost(control))
-    later = Settlement(status="open", end_kind="handed_over", retry_seconds=0.3, error="boom")
+    later = Settlement(status="open", end_kind="handed_over", retry_seconds=2.0, error="boom")
     assert control.settle(recovery, later)
     assert control.lost_runs() == []
-    time.sleep(0.4)
+    time.sleep(2.1)
     (found,) = control.lost_runs()
     assert found.owner_id is None
     again = begun(control, found, "s", died=False)
@@ -237,12 +237,12 @@ def test_incidents_are_found_by_a_beginning_of_their_id(control: ControlDatabase
 
 def test_what_nobody_here_can_recover_is_seen(control: ControlDatabase) -> None:
     found = lost(control)
-    control.note(found, {"status": "unknown_workflow"}, again_seconds=0.2)
+    control.note(found, {"status": "unknown_workflow"}, again_seconds=2.0)
     assert control.lost_runs(["a"]) == [], "for a while it stands in nobody's way"
     (incident,) = control.all_incidents(status="open")
     assert (incident.attempts, incident.result) == (0, {"status": "unknown_workflow"})
     assert control.all_incidents(status="recovered") == []
-    time.sleep(0.3)
+    time.sleep(2.1)
     assert begun(control, found).incident.incident_id == incident.incident_id
 
 

@@ -31,7 +31,7 @@ def test_the_first_owner_has_epoch_one_and_nobody_else_gets_it(leases: Leases) -
     lease = claim(leases, "a", run_id="run-1")
     assert (lease.epoch, lease.owner_id, lease.owner_incarnation) == (1, "process-a", "a")
     assert lease.run_id == "run-1"
-    assert 59 < lease.seconds_left <= 60
+    assert 50 < lease.seconds_left <= 60
     assert not lease.is_free
     assert claim(leases, "b") is None
     found = leases.lease_of("agent", "t")
@@ -44,7 +44,7 @@ def test_claimed_again_by_its_owner_it_keeps_its_epoch(leases: Leases) -> None:
     assert claim(leases, "a", ttl=1).epoch == 1
     again = claim(leases, "a", run_id="run-2")
     assert (again.epoch, again.run_id) == (1, "run-2")
-    assert again.seconds_left > 59
+    assert again.seconds_left > 50
 
 
 def test_what_was_given_back_is_free_and_the_epoch_rises(leases: Leases) -> None:
@@ -60,8 +60,9 @@ def test_what_was_given_back_is_free_and_the_epoch_rises(leases: Leases) -> None
 
 
 def test_what_has_expired_is_free(leases: Leases) -> None:
-    claim(leases, "a", ttl=0.05)
+    claim(leases, "a")
     assert [lease.owner_incarnation for lease in leases.expired_leases()] == []
+    claim(leases, "a", ttl=0.05)
     time.sleep(0.1)
     assert [lease.owner_incarnation for lease in leases.expired_leases()] == ["a"]
     assert claim(leases, "b").epoch == 2
@@ -93,7 +94,7 @@ def test_all_that_one_process_owns_is_renewed_at_once_and_nothing_else(leases: L
     renewed = leases.renew("a", asked, ttl_seconds=60)
     assert {lease.thread_id for lease in renewed} == {"t0", "t1", "t2"}
     assert leases.lease_of("agent", "t3").seconds_left < 1, "nobody asked for it"  # type: ignore[union-attr]
-    assert all(lease.seconds_left > 59 for lease in renewed)
+    assert all(lease.seconds_left > 50 for lease in renewed)
     (other,) = leases.leases_owned_by("b")
     assert other.seconds_left < 1
     assert len(leases.leases_owned_by("a")) == 4
@@ -101,7 +102,7 @@ def test_all_that_one_process_owns_is_renewed_at_once_and_nothing_else(leases: L
 
 def test_of_twenty_who_claim_at_once_one_succeeds(url: str, leases: Leases) -> None:
     del leases  # the schema is there
-    everybody = [Leases(url) for _ in range(4)]
+    everybody = [Leases(url, timeout_seconds=20) for _ in range(4)]
     with ThreadPoolExecutor(20) as threads:
         for thread in ("x", "y", "z"):
             won = list(
@@ -114,7 +115,7 @@ def test_of_twenty_who_claim_at_once_one_succeeds(url: str, leases: Leases) -> N
 
 def test_of_twenty_who_take_from_the_dead_one_succeeds(url: str, leases: Leases) -> None:
     claim(leases, "dead")
-    everybody = [Leases(url) for _ in range(4)]
+    everybody = [Leases(url, timeout_seconds=20) for _ in range(4)]
     with ThreadPoolExecutor(20) as threads:
         won = list(
             threads.map(

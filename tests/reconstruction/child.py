@@ -1,8 +1,5 @@
 """A process of its own that runs one of the workflows, perhaps to its death."""
 
-import asyncio
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +52,3 @@ async def main(order: dict[str, Any]) -> None:
             {"configurable": {"thread_id": "thread-1"}},
             durability=order["durability"],
         )
-
-
-if __name__ == "__main__":
-    asyncio.run(main(json.loads(sys.argv[1])))

@@ -1,9 +1,6 @@
 """A process that recovers a workflow by the graph, and is killed at a named place."""
 
-import asyncio
-import json
 import operator
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -76,16 +73,12 @@ def arm_nodes(kill_at: str) -> None:
         setattr(RecoverySteps, name, deadly)
 
 
-async def main(place: str, role: str, kill_at: str) -> None:
+async def main(place: Path, role: str, kill_at: str) -> None:
     if role == "agent":
-        async with AsyncSqliteSaver.from_conn_string(f"{place}/workflow.db") as saver:
-            app = workflow(saver, Path(place), dies=True)
+        async with AsyncSqliteSaver.from_conn_string(str(place / "workflow.db")) as saver:
+            app = workflow(saver, place, dies=True)
             await app.ainvoke({"log": ["in"]}, AGENT, durability="sync")
     arm(kill_at)
     arm_nodes(kill_at)
-    async with recovery(Path(place), kill_at) as app:
+    async with recovery(place, kill_at) as app:
         await app.ainvoke(ORDER if role == "recoverer" else None, RECOVERY, durability="sync")
-
-
-if __name__ == "__main__":
-    asyncio.run(main(*json.loads(sys.argv[1])))

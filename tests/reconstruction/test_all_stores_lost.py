@@ -23,8 +23,8 @@ pytestmark = pytest.mark.usefixtures("_no_runtime_left")
 
 
 @pytest.fixture
-def settings(short_window: PeerContextSettings) -> PeerContextSettings:
-    return short_window
+def settings(settings_on_broker: PeerContextSettings) -> PeerContextSettings:
+    return settings_on_broker
 
 
 @pytest.fixture
@@ -89,11 +89,10 @@ async def test_with_all_its_stores_lost_nothing_is_begun_before_the_peers_are_he
             thread_id=THREAD,
             initial_state={"log": ["in"]},
             expect=[PEER],
-            peer_context_timeout=0.5,
             **more,
         )
 
-    result = await recover()
+    result = await recover(peer_context_timeout=0.5)
     assert (result["status"], result["recovered"]) == ("in_doubt", False)
     assert "inventory-agent may remember" in result["reasons"][0]
     async with peer.answering():

@@ -249,7 +249,7 @@ async def test_whoever_approves_sees_the_effects_and_what_peers_took_after_the_c
     hosts.receive("host-a", 7)
     snapshot = await app.aget_state(AT)
     supervised = SupervisedWorkflow(
-        workflow=app, expect=("host-a", "nobody"), timeout_seconds=1.0, approve_below_coverage=1.0
+        workflow=app, expect=("host-a", "nobody"), timeout_seconds=4.0, approve_below_coverage=1.0
     )
     async with (
         hosts.answering(settings, only=["host-a"]),

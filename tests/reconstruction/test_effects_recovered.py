@@ -41,6 +41,14 @@ def settings(short_window: PeerContextSettings) -> PeerContextSettings:
     return short_window
 
 
+@pytest.fixture
+def _patient(settings: PeerContextSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the first question be answered, however busy the machine is."""
+    del settings
+    monkeypatch.setenv("PEER_CONTEXT_TIMEOUT_SECONDS", "10")
+    monkeypatch.setenv("PEER_CONTEXT_HEARTBEAT_PAUSE_SECONDS", "1.5")
+
+
 async def test_what_has_arrived_is_not_done_again_and_its_reply_is_restored(
     control: ControlDatabase, peer: Peer
 ) -> None:
@@ -61,6 +69,7 @@ async def test_what_has_arrived_is_not_done_again_and_its_reply_is_restored(
     assert facts["effect.order 4711"]["source"] == "peer"
 
 
+@pytest.mark.usefixtures("_patient")
 async def test_what_has_not_arrived_is_barred_and_done_once(
     control: ControlDatabase, peer: Peer
 ) -> None:
@@ -91,6 +100,7 @@ async def test_a_peer_that_takes_no_tickets_tells_what_it_has_seen(
     peer.store.close()
 
 
+@pytest.mark.usefixtures("_patient")
 async def test_a_peer_that_takes_no_tickets_never_tells_that_it_has_not_seen(
     control: ControlDatabase, tmp_path: Path
 ) -> None:
@@ -487,6 +497,7 @@ async def test_whoever_only_looks_sees_the_doubt_and_settles_nothing(
     assert [(e["name"], e["status"]) for e in found["effects"]] == [("order 4711", "in_doubt")]
     assert any(reason.startswith("in_doubt: nobody could tell") for reason in found["reasons"])
     assert "order 4711" in str(explain_reconstruction(found))
+    looking = AgentReconstructor(workflow=app, peer_context_timeout=10)
     async with peer.answering():
         found = await looking.reconstruct_async(AGENT, THREAD, expect=[PEER])
     (told,) = found["in_doubt"]

@@ -6,8 +6,10 @@ import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 from random import Random
+from statistics import median
 from typing import Any
 
 import pytest
@@ -228,7 +230,7 @@ async def settled(world: World) -> World:
 
 
 async def until(true: Callable[[], Any]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while not true():
             await asyncio.sleep(0.002)
 
@@ -595,6 +597,7 @@ async def _outages(world: World, times: list[tuple[str, int]]) -> None:
     assert world.told == []
 
 
+@pytest.mark.no_cover  # each line is counted, and other tests reach them all
 def test_a_million_heartbeats_with_pauses_up_to_three_seconds_accuse_nobody() -> None:
     """Fifty processes; half are late once in a hundred beats, half whenever they like."""
     chance = Random(11)
@@ -948,12 +951,15 @@ async def running() -> AsyncIterator[World]:
 
 
 async def test_it_looks_at_the_start_and_four_times_an_interval() -> None:
-    """Seven looks, six quarters of an interval between them."""
-    world = World(SETTINGS.model_copy(update={"heartbeat_interval_seconds": 0.4}))
+    """Seven looks, six quarters of an interval between them; a busy machine holds some up."""
+    world, looks = World(SETTINGS.model_copy(update={"heartbeat_interval_seconds": 0.8})), []
+    clock = asyncio.get_running_loop().time
+    world.rows.on_answer = lambda: looks.append(clock())
+    began = clock()
     async with world.detector:
-        began = asyncio.get_running_loop().time()
-        await until(lambda: world.rows.asked == 7)
-        assert 0.6 <= asyncio.get_running_loop().time() - began < 1.2
+        await until(lambda: len(looks) >= 7)
+    assert looks[6] - began > 1.19
+    assert median(after - before for before, after in pairwise(looks)) < 0.4
 
 
 @pytest.mark.parametrize("how", ["die", "die unheard", "leave"])
@@ -1020,7 +1026,7 @@ async def test_it_is_closed_twice_and_entered_once(world: World) -> None:
 
 async def test_it_closes_while_the_database_hangs(world: World) -> None:
     world.rows.hangs = True
-    async with asyncio.timeout(1), world.detector:
+    async with asyncio.timeout(SETTINGS.silence_seconds - 0.5), world.detector:
         await until(lambda: world.rows.asked)
 
 
@@ -1061,7 +1067,9 @@ async def test_a_notice_on_the_topic_becomes_a_failure_out_of_the_rows(runs: Run
     """And what another handed over, and nobody else's."""
     broker = FakeBroker(topics={"agent.presence": []})
     transport = FakeTransport(broker)
-    presence, dying = Presence(transport, SETTINGS, "us"), _named("dying")
+    # Before a pause has passed nobody is unreachable, however slow the machine is.
+    patient = SETTINGS.model_copy(update={"heartbeat_pause_seconds": 60.0})
+    presence, dying = Presence(transport, patient, "us"), _named("dying")
     for process in ("dying", "leaving", "living"):
         _admit(runs, process, ttl_seconds=60)
     runs.hand_over("leaving-1")
@@ -1069,7 +1077,7 @@ async def test_a_notice_on_the_topic_becomes_a_failure_out_of_the_rows(runs: Run
     await presence.start()
     await peer.start()
     await until(lambda: presence.roster.member(("dying", "dying-1")))
-    async with FailureDetector(presence.roster, runs, SETTINGS) as detector:
+    async with FailureDetector(presence.roster, runs, patient) as detector:
         failures = detector.failures()
         first = await anext(failures)
         notice = DeathNotice(

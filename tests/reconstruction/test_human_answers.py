@@ -20,6 +20,7 @@ from langgraph_peerctx.errors import ConfigurationError, InDoubtError
 from langgraph_peerctx.owned import own_runs
 from langgraph_peerctx.persistence.effect_ledger import Effect
 from langgraph_peerctx.persistence.incidents import ControlDatabase, Incident
+from langgraph_peerctx.reconstruction import recoverer
 from langgraph_peerctx.reconstruction.answering import aanswer_recovery
 from langgraph_peerctx.reconstruction.human_answers import (
     answer_of,
@@ -321,8 +322,9 @@ async def test_a_bare_answer_is_about_the_one_that_the_question_names(
 
 
 async def test_a_bare_answer_to_a_question_about_two_is_never_used_for_one(
-    control: ControlDatabase,
+    control: ControlDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(recoverer, "FIRST_RETRY_SECONDS", 60)  # the answer alone brings the next
     app = side_by_side(Shop("a", "b", error=KilledError()), "a", "b")
     await lose(control, app)
     await recover(app)

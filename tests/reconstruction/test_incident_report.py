@@ -29,6 +29,7 @@ def settings(
 ) -> PeerContextSettings:
     del settings_on_broker
     monkeypatch.setenv("KAFKA_CONTEXT_REQUEST_TOPIC", f"request.{tmp_path.name}"[:100])
+    monkeypatch.setenv("PEER_CONTEXT_HEARTBEAT_PAUSE_SECONDS", "1.5")  # the peer beats on our loop
     return PeerContextSettings()
 
 

@@ -664,9 +664,9 @@ async def test_a_slow_model_is_not_waited_for() -> None:
 
 
 async def test_the_time_limit_is_for_both_questions_together() -> None:
-    llm = Scripted(answers=["no", GOOD], delay_seconds=0.4)
+    llm = Scripted(answers=["no", GOOD], delay_seconds=2)
 
-    result = await inferred(llm, timeout_seconds=0.6)
+    result = await inferred(llm, timeout_seconds=3.5)
 
     assert (result.status, len(llm.asked)) == ("failed", 2)
 
@@ -967,6 +967,7 @@ def test_there_are_at_least_200_different_injections_and_the_model_obeys_each() 
         assert said.tool_calls or said.text not in {"{}", "null"}, payload
 
 
+@pytest.mark.no_cover  # each line is counted, and other tests reach them all
 @pytest.mark.parametrize("place", PLACES)
 async def test_nothing_that_is_injected_reaches_anything_but_the_gaps(
     place: Callable[[str], tuple[dict[str, Any], dict[str, Json]]],

@@ -1,9 +1,6 @@
 """Workflows killed by SIGKILL in a process of their own, and recovered in this one."""
 
-import json
 import signal
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forking import exit_code_of
 from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
+from reconstruction.child import main
 from reconstruction.fake_runtime import FakeRuntime
 from reconstruction.workflows import WORKFLOWS, Script
 
@@ -20,8 +19,6 @@ from langgraph_peerctx.reconstruction.reconstructor import (
     RecoveryResult,
     recover_and_resume_workflow_async,
 )
-
-HERE = Path(__file__).parent
 
 
 @dataclass
@@ -68,13 +65,7 @@ class Case:
             "resume": resume,
             "recover": recover,
         }
-        child = subprocess.run(
-            [sys.executable, "-m", "reconstruction.child", json.dumps(order)],
-            cwd=HERE.parent,
-            timeout=60,
-            check=False,
-        )
-        assert child.returncode == (-signal.SIGKILL if kill_in else 0)
+        assert exit_code_of(main, order) == (-signal.SIGKILL if kill_in else 0)
 
     def recover_and_die(self, kill_in: str, *, kill_on_visit: int) -> None:
         """Recover it in a child process that dies as well."""

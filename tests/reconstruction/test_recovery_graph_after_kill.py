@@ -1,31 +1,21 @@
 """A recoverer killed at any place is taken up by another, which asks only who is missing."""
 
 import asyncio
-import json
 import signal
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 from dying import PLACES
-from reconstruction.dying_recovery import AFTER, INSIDE, NODES, RECOVERY, recovery
+from forking import exit_code_of
+from reconstruction.dying_recovery import AFTER, INSIDE, NODES, RECOVERY, main, recovery
 from two_peers import Peers
-
-HERE = Path(__file__).parent
 
 
 async def killed(place: Path, role: str, kill_at: str) -> None:
-    child = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "reconstruction.dying_recovery",
-        json.dumps([str(place), role, kill_at]),
-        cwd=HERE.parent,
-    )
-    async with asyncio.timeout(60):
-        assert await child.wait() == -signal.SIGKILL
+    ended = await asyncio.to_thread(exit_code_of, main, place, role, kill_at)
+    assert ended == -signal.SIGKILL
 
 
 def visits(place: Path) -> int:

@@ -108,7 +108,7 @@ async def test_a_run_killed_in_a_node_goes_on_there(control: ControlDatabase) ->
     told: list[Any] = []
     async with supervising(app, on_recovery=lambda f, r: told.append((f, r))):
         incident = await settled(control)
-        await asyncio.sleep(0.1)
+        await until(lambda: bool(told))
     assert incident.result is not None
     assert incident.result["status"] == "resumed"
     assert (await app.aget_state(AT)).values["log"] == ["in", "first", "second"]
@@ -312,7 +312,7 @@ async def test_a_workflow_that_nobody_knows_is_shown_to_people(control: ControlD
     app = workflow()
     await lose(control, app, workflow="another")
     async with supervising(app):
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while (incident := control.incident_of(AGENT, THREAD)) is None:
                 await asyncio.sleep(0.02)
     assert incident.status == "open"
@@ -390,6 +390,7 @@ async def test_no_more_recoveries_at_once_than_are_allowed(
         nonlocal at_work, most
         at_work += 1
         most = max(most, at_work)
+        await until(lambda: most > 1)
         await asyncio.sleep(0.2)
         at_work -= 1
         return {"log": ["second"]}

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -20,7 +21,7 @@ from services.stopping import until_stopped
 HERE = Path(__file__).parent
 POM = HERE / "pom.xml"
 CACHE = Path(os.environ.get("PEERCTX_KAFKA_CACHE", HERE.parents[1] / ".cache" / "kafka"))
-START_TIMEOUT_SECONDS = 60.0
+START_TIMEOUT_SECONDS = 90.0
 JAVA = ("java", "-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1")
 
 
@@ -51,13 +52,30 @@ def jars() -> Path:
     return folder
 
 
+PORTS = range(10_000, 32_000)
+"""Below those that the system gives to whoever asks for any, as each connection does: one of them
+could be taken while a server is started, or started again."""
+_given: set[int] = set()
+
+
 def free_ports(count: int) -> list[int]:
-    """Return ports that were free a moment ago."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        return [s.getsockname()[1] for s in sockets]
+    """Return ports that were free a moment ago, and that this process has not returned before."""
+    found: list[int] = []
+    while len(found) < count:
+        port = random.SystemRandom().choice(PORTS)
+        if port not in _given and _is_free(port):
+            _given.add(port)
+            found.append(port)
+    return found
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as s:
+        try:
+            s.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
 
 
 class KafkaServer:
@@ -135,14 +153,14 @@ class KafkaServer:
             self._process.wait(10)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait(10)
+            self._process.wait(30)
         self._process = None
 
     def kill(self) -> None:
         """`kill -9`."""
         if self._process is not None:
             self._process.kill()
-            self._process.wait(10)
+            self._process.wait(30)
             self._process = None
 
     def pause(self) -> None:
@@ -213,6 +231,6 @@ class KafkaServer:
         raise KafkaMissingError(f"Kafka did not start: {self.log.read_text()[-3_000:]}")
 
     def _run(self, command: Sequence[str]) -> None:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
         if done.returncode:
             raise KafkaMissingError(f"{command[-4]} failed: {done.stdout}{done.stderr}")

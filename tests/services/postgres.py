@@ -20,7 +20,7 @@ from psycopg import sql
 from services.kafka import free_ports
 from services.stopping import until_stopped
 
-START_TIMEOUT_SECONDS = 30.0
+START_TIMEOUT_SECONDS = 90.0
 STOP_TIMEOUT_SECONDS = 10.0
 USER = "postgres"
 UNPRIVILEGED = "nobody"

@@ -5,7 +5,7 @@ import time
 import psutil
 
 
-def until_stopped(pid: int, within: float = 10) -> None:
+def until_stopped(pid: int, within: float = 30) -> None:
     """Wait until a SIGSTOP has taken hold of each of a process's threads."""
     deadline = time.monotonic() + within
     while not _is_stopped(pid):
