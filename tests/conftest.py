@@ -28,7 +28,13 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("tests")
 
 
-_LONGEST = ("test_kafka_transport", "integration/", "reconstruction/", "test_outages")
+_LONGEST = (
+    "test_kafka_transport",
+    "integration/",
+    "reconstruction/",
+    "test_outages",
+    "test_freezes",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

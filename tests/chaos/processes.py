@@ -15,10 +15,12 @@ from chaos.trading import PEER, Taker
 from forking import CONTEXT
 
 from langgraph_peerctx.durability.receiver import Receiver
+from langgraph_peerctx.errors import StoreBusyError
 from langgraph_peerctx.lifecycle import peer_context_lifespan
 from langgraph_peerctx.messaging.sentinel import Sentinel
 from langgraph_peerctx.owned import own_runs
 from langgraph_peerctx.persistence.event_store import EventStore
+from langgraph_peerctx.reconstruction.result import RecoveryResult
 from langgraph_peerctx.reconstruction.supervisor import RecoverySupervisor
 
 
@@ -213,11 +215,20 @@ async def supervisor(orders: Orders, scenario: Scenario, name: str, arm: Any = N
             orders.say("ready", os.getpid())
             while (order := await orders.next())[0] != "leave":
                 if order[0] == "recover":
-                    result = await supervising.recover(order[1], order[2])
+                    result = await _recovered(supervising, order[1], order[2])
                     orders.say("result", order[2], result["status"], _log(result["final_state"]))
                 if order[0] == "states":
                     states = await supervising.states()
                     orders.say("states", [(s.process_id, s.state, s.why) for s in states])
+
+
+async def _recovered(
+    supervising: RecoverySupervisor, agent_id: str, thread_id: str
+) -> RecoveryResult:
+    """Recover by hand; where the database is too busy, do as the error says and try again."""
+    while True:
+        with contextlib.suppress(StoreBusyError):
+            return await supervising.recover(agent_id, thread_id)
 
 
 def _log(state: Any) -> Any:
