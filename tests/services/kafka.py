@@ -52,9 +52,10 @@ def jars() -> Path:
     return folder
 
 
-PORTS = range(10_000, 32_000)
-"""Below those that the system gives to whoever asks for any, as each connection does: one of them
-could be taken while a server is started, or started again."""
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+PORTS = range(10_000 + _WORKER % 16, 32_000, 16)
+"""Each test process has its own, and all are below those that the system gives to whoever asks for
+any, as each connection does: one of them could be taken while a server is started, or again."""
 _given: set[int] = set()
 
 
