@@ -118,10 +118,11 @@ class World:
         nodes = self.random.randint(0, len(NODES))
         if nodes == 0:
             await self.begun(thread_id)
-        while self._nodes_begun_by(child) < nodes:
-            if child.has_said("refused", thread_id):
-                return
-            await asyncio.sleep(0.002)
+        async with asyncio.timeout(60):
+            while self._nodes_begun_by(child) < nodes:
+                if child.has_said("refused", thread_id):
+                    return
+                await asyncio.sleep(0.002)
         await asyncio.sleep(self.random.uniform(0, self.scenario.work_seconds))
 
     def _nodes_begun_by(self, child: Child) -> int:

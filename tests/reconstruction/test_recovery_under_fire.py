@@ -6,6 +6,7 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -228,57 +229,52 @@ def test_gaps_that_no_model_can_fill_are_refused_when_the_workflow_is_named(name
         SupervisedWorkflow(workflow=workflow(), llm=llm, **named)
 
 
-async def test_the_record_of_a_recovery_by_hand_is_kept(control: ControlDatabase) -> None:
-    fails = [True]
+def fails_once(name: str) -> Callable[[Any], Any]:
+    """Return a node that fails when it is visited first."""
+    visits = count()
 
-    def second(_state: Any) -> Any:
-        if fails.pop() if fails else False:
+    def node(_state: Any) -> Any:
+        if next(visits) == 0:
             raise ValueError("no paper")
-        return {"log": ["second"]}
+        return {"log": [name]}
 
-    app = workflow(second)
+    return node
+
+
+async def by_hand(app: Any) -> Any:
+    """Recover the thread without peers."""
+    return await recover_and_resume_workflow_async(
+        workflow=app, agent_id=AGENT, thread_id=THREAD, use_peer_context=False
+    )
+
+
+async def test_the_record_of_a_recovery_by_hand_is_kept(control: ControlDatabase) -> None:
+    app = workflow(fails_once("second"))
     with pytest.raises(ValueError, match="no paper"):
         await own_runs(app, agent_id=AGENT).ainvoke(IN, AT)
     assert control.incident_of(AGENT, THREAD) is None, "nobody died"
 
-    async def recover() -> Any:
-        return await recover_and_resume_workflow_async(
-            workflow=app, agent_id=AGENT, thread_id=THREAD, use_peer_context=False
-        )
-
-    result = await recover()
+    result = await by_hand(app)
     assert result["status"] == "resumed"
     incident = incident_of(control)
     assert (incident.status, incident.run_id) == ("recovered", newest(control).run_id)
     assert incident.report == result["incident"]
-    assert (await recover())["status"] == "already_finished"
+    assert (await by_hand(app))["status"] == "already_finished"
     assert control.all_incidents() == [incident], "what brought nothing on is no recovery"
 
 
 async def test_a_run_that_went_on_after_a_recovery_by_hand_is_not_told_by_its_old_end(
     control: ControlDatabase,
 ) -> None:
-    fails = [True]
-
-    def first(_state: Any) -> Any:
-        if fails.pop() if fails else False:
-            raise ValueError("no paper")
-        return {"log": ["first"]}
-
-    app = workflow(asks, first=first)
+    app = workflow(asks, first=fails_once("first"))
     with pytest.raises(ValueError, match="no paper"):
         await own_runs(app, agent_id=AGENT).ainvoke(IN, AT)
 
-    async def recover() -> Any:
-        return await recover_and_resume_workflow_async(
-            workflow=app, agent_id=AGENT, thread_id=THREAD, use_peer_context=False
-        )
-
-    assert (await recover())["status"] == "waiting_for_human"
+    assert (await by_hand(app))["status"] == "waiting_for_human"
     assert incident_of(control).status == "recovered"
     answer = new(app, Command(resume="three"), run_id=newest(control).run_id)
     control.reopen(answer, Owner(owner_id="alive", incarnation="alive-1", ttl_seconds=60))
-    result = await recover()
+    result = await by_hand(app)
     assert (result["status"], result["final_state"]) == ("unreachable", None)
     assert "alive holds the thread's lease" in result["reasons"][0]
 
@@ -286,14 +282,7 @@ async def test_a_run_that_went_on_after_a_recovery_by_hand_is_not_told_by_its_ol
 async def test_a_record_that_cannot_be_kept_costs_only_itself_and_is_said(
     control: ControlDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fails = [True]
-
-    def second(_state: Any) -> Any:
-        if fails.pop() if fails else False:
-            raise ValueError("no paper")
-        return {"log": ["second"]}
-
-    app = workflow(second)
+    app = workflow(fails_once("second"))
     with pytest.raises(ValueError, match="no paper"):
         await own_runs(app, agent_id=AGENT).ainvoke(IN, AT)
 
@@ -301,9 +290,7 @@ async def test_a_record_that_cannot_be_kept_costs_only_itself_and_is_said(
         raise StoreError("the disk is full")
 
     monkeypatch.setattr(ControlDatabase, "keep_recovery", full)
-    result = await recover_and_resume_workflow_async(
-        workflow=app, agent_id=AGENT, thread_id=THREAD, use_peer_context=False
-    )
+    result = await by_hand(app)
     assert (result["status"], result["degraded"]) == ("resumed", True)
     assert "not_kept: the disk is full" in result["reasons"]
     assert control.incident_of(AGENT, THREAD) is None
